@@ -1,0 +1,130 @@
+#include <pybind11/functional.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "ops.h"
+
+namespace py = pybind11;
+using namespace metaaug;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The fused engine of metaaug_fast.";
+  static py::object non_finite = py::module_::import("metaaug_fast.errors").attr("NonFiniteError");
+  py::register_local_exception_translator([](std::exception_ptr error) {
+    try {
+      std::rethrow_exception(error);
+    } catch (const NonFiniteError& e) {
+      PyErr_SetString(non_finite.ptr(), e.message.c_str());
+    }
+  });
+
+  py::enum_<OpKind>(m, "OpKind")
+      .value("conv2d", OpKind::kConv2d)
+      .value("batch_norm", OpKind::kBatchNorm)
+      .value("layer_norm", OpKind::kLayerNorm)
+      .value("group_norm", OpKind::kGroupNorm)
+      .value("relu", OpKind::kRelu)
+      .value("leaky_relu", OpKind::kLeakyRelu)
+      .value("gelu", OpKind::kGelu)
+      .value("gelu_tanh", OpKind::kGeluTanh)
+      .value("tanh", OpKind::kTanh)
+      .value("sigmoid", OpKind::kSigmoid)
+      .value("softplus", OpKind::kSoftplus)
+      .value("max_pool", OpKind::kMaxPool)
+      .value("avg_pool", OpKind::kAvgPool)
+      .value("mean_pool", OpKind::kMeanPool)
+      .value("flatten", OpKind::kFlatten)
+      .value("add", OpKind::kAdd)
+      .value("dropout", OpKind::kDropout);
+  py::enum_<LossKind>(m, "LossKind")
+      .value("cross_entropy", LossKind::kCrossEntropy)
+      .value("mse", LossKind::kMse)
+      .value("bce", LossKind::kBce);
+  py::enum_<OptimizerKind>(m, "OptimizerKind").value("sgd", OptimizerKind::kSgd).value("adam", OptimizerKind::kAdam);
+  py::enum_<LayoutKind>(m, "LayoutKind")
+      .value("matrix", LayoutKind::kMatrix)
+      .value("vector", LayoutKind::kVector)
+      .value("picture", LayoutKind::kPicture);
+
+  py::class_<Pair>(m, "Pair").def(py::init([](int y, int x) { return Pair{y, x}; }));
+  py::class_<Shape>(m, "Shape").def(py::init([](int c, int h, int w) { return Shape{c, h, w}; }));
+  py::class_<Op>(m, "Op")
+      .def(py::init<>())
+      .def_readwrite("kind", &Op::kind)
+      .def_readwrite("output", &Op::output)
+      .def_property("input", nullptr, [](Op& op, std::pair<int, int> v) { op.input[0] = v.first, op.input[1] = v.second; })
+      .def_property("param", nullptr, [](Op& op, std::pair<int, int> v) { op.param[0] = v.first, op.param[1] = v.second; })
+      .def_property("buffer", nullptr,
+                    [](Op& op, std::pair<int, int> v) { op.buffer[0] = v.first, op.buffer[1] = v.second; })
+      .def_property("scalar", nullptr,
+                    [](Op& op, std::pair<double, double> v) { op.scalar[0] = v.first, op.scalar[1] = v.second; })
+      .def_readwrite("kernel", &Op::kernel)
+      .def_readwrite("stride", &Op::stride)
+      .def_readwrite("padding", &Op::padding)
+      .def_readwrite("dilation", &Op::dilation)
+      .def_readwrite("groups", &Op::groups)
+      .def_readwrite("site", &Op::site)
+      .def_readwrite("count_padding", &Op::count_padding)
+      .def_readwrite("eps", &Op::eps);
+  py::class_<Parameter>(m, "Parameter")
+      .def(py::init([](LayoutKind layout, int rows, int outputs, int inputs, Pair kernel) {
+             return Parameter{layout, rows, outputs, inputs, kernel};
+           }),
+           py::arg("layout"), py::arg("rows"), py::arg("outputs"), py::arg("inputs") = 1, py::arg("kernel") = Pair{});
+  py::class_<Graph>(m, "Graph").def(py::init([](std::vector<Op> ops, std::vector<Shape> values,
+                                                std::vector<Parameter> parameters, int output) {
+    return Graph{std::move(ops), std::move(values), std::move(parameters), output};
+  }));
+
+  py::class_<cpu::Settings>(m, "Settings")
+      .def(py::init<>())
+      .def_readwrite("steps", &cpu::Settings::steps)
+      .def_readwrite("first_step", &cpu::Settings::first_step)
+      .def_readwrite("loss", &cpu::Settings::loss)
+      .def_readwrite("optimizer", &cpu::Settings::optimizer)
+      .def_readwrite("first_order", &cpu::Settings::first_order)
+      .def_readwrite("label_smoothing", &cpu::Settings::label_smoothing)
+      .def_readwrite("momentum", &cpu::Settings::momentum)
+      .def_readwrite("weight_decay", &cpu::Settings::weight_decay)
+      .def_readwrite("beta1", &cpu::Settings::beta1)
+      .def_readwrite("beta2", &cpu::Settings::beta2)
+      .def_readwrite("eps", &cpu::Settings::eps)
+      .def_readwrite("seed", &cpu::Settings::seed);
+  py::class_<Inputs>(m, "Inputs")
+      .def(py::init<>())
+      .def_readwrite("parameters", &Inputs::parameters)
+      .def_readwrite("buffers", &Inputs::buffers)
+      .def_readwrite("rates", &Inputs::rates)
+      .def_readwrite("per_step", &Inputs::per_step)
+      .def_readwrite("wanted", &Inputs::wanted)
+      .def_readwrite("support_x", &Inputs::support_x)
+      .def_readwrite("support_y", &Inputs::support_y)
+      .def_readwrite("support_weight", &Inputs::support_weight)
+      .def_readwrite("rows", &Inputs::rows)
+      .def_readwrite("initial", &Inputs::initial)
+      .def_readwrite("query_x", &Inputs::query_x)
+      .def_readwrite("query_y", &Inputs::query_y)
+      .def_readwrite("step_weights", &Inputs::step_weights)
+      .def_readwrite("task_weights", &Inputs::task_weights)
+      .def_readwrite("flat_adjoint", &Inputs::flat_adjoint)
+      .def_readwrite("prediction_adjoint", &Inputs::prediction_adjoint);
+
+  py::class_<FusedEngine>(m, "FusedEngine")
+      .def(py::init<Graph>())
+      .def("run", [](FusedEngine& engine, const cpu::Settings& settings, const Inputs& inputs,
+                     const std::vector<std::string>& outputs) {
+        bool interrupted = false;
+        const auto poll = [&] {
+          const py::gil_scoped_acquire gil;
+          return interrupted = PyErr_CheckSignals() != 0;
+        };
+        std::map<std::string, at::Tensor> result;
+        {
+          const py::gil_scoped_release release;
+          result = engine.run(settings, inputs, outputs, poll);
+        }
+        if (interrupted) throw py::error_already_set();
+        return result;
+      });
+  m.def("instruction_set", &cpu::instruction_set);
+}

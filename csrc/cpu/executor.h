@@ -1,0 +1,216 @@
+// The inner loop and its reverse, task by task.
+//
+//   theta_{k+1} = theta_k - alpha_k m_{k+1},  m_{k+1} = mu m_k + g_k + lambda theta_k
+//   reverse, from v = dL/dtheta_K and n = 0:  u = alpha_k v + n;  dL/dalpha_k -= v m_{k+1};
+//   v -= (H_k + lambda) u;  n = mu u
+//
+// One worker takes one task at a time and keeps all of it in its own arena. Tasks are summed in groups whose borders
+// do not depend on the number of workers, so the result does not either.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <tuple>
+
+#include "engine.h"
+#include "passes.h"
+
+namespace metaaug::METAAUG_ISA {
+
+using cpu::Call;
+using cpu::NonFinite;
+using cpu::Parallel;
+using cpu::Samples;
+
+// A worker's memory, grown and never shrunk.
+template <class T>
+class Arena {
+ public:
+  void reserve(int64_t size) {
+    if (int64_t(memory_.size()) < size + kSlack) memory_.resize(size + kSlack);
+    used_ = 0;
+  }
+  T* take(int64_t size) {
+    T* at = base() + used_;
+    used_ += round(size);
+    return at;
+  }
+  int64_t used() const { return used_; }
+  void rewind(int64_t used) { used_ = used; }
+  static int64_t round(int64_t size) { return (size + kSlack - 1) / kSlack * kSlack; }
+
+ private:
+  static constexpr int64_t kSlack = 64 / sizeof(T);  // blocks start on a cache line
+  T* base() {
+    const auto address = reinterpret_cast<uintptr_t>(memory_.data());
+    return memory_.data() + (64 - address % 64) % 64 / sizeof(T);
+  }
+  std::vector<T> memory_;
+  int64_t used_ = 0;
+};
+
+// Activations of several steps are kept for the reverse sweep while they fit in about this many bytes; else one.
+inline constexpr int64_t kKeptBytes = 512 * 1024;
+
+template <class T>
+class Executor final : public cpu::Engine<T> {
+  using S = Simd<T>;
+  using Vector = typename S::Vector;
+
+ public:
+  explicit Executor(const Graph& graph) : graph_(graph), packing_(graph.parameters) {}
+
+  NonFinite run(const Call<T>& call, const Parallel& parallel) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const Plan plan = prepare(call);
+    const int groups = std::min(call.tasks, kGroups);
+    const int64_t group_size = (call.grad_parameters || call.mean_displacement ? packing_.size() : 0) +
+                               (call.grad_rates ? rates_size_ : 0);
+    sums_.assign(groups * group_size, T(0));
+    failures_.assign(groups, NonFinite());
+    if (int(arenas_.size()) < parallel.workers) arenas_.resize(parallel.workers);
+    parallel.run(groups, [&](int group, int worker) {
+      Worker w(*this, call, plan, arenas_[worker], sums_.data() + group * group_size, failures_[group]);
+      const int64_t first = int64_t{group} * call.tasks / groups, last = int64_t{group + 1} * call.tasks / groups;
+      for (int64_t task = first; task < last && failures_[group].task < 0; ++task) w.run(int(task));
+    });
+    for (const NonFinite& failure : failures_)
+      if (failure.task >= 0) return failure;
+    for (int group = 1; group < groups; ++group)
+      for (int64_t i = 0; i < group_size; ++i) sums_[i] += sums_[group * group_size + i];
+    if (call.mean_displacement) {
+      for (int64_t i = 0; i < packing_.size(); ++i) sums_[i] /= T(call.tasks);
+      packing_.unpack_all(sums_.data(), call.mean_displacement);
+    }
+    if (call.grad_parameters) packing_.unpack_all(sums_.data(), call.grad_parameters);
+    if (call.grad_rates) unpack_rates(call, sums_.data() + group_size - rates_size_, call.grad_rates);
+    return NonFinite();
+  }
+
+ private:
+  static constexpr int kGroups = 64;
+
+  // What a call needs, in sizes: networks for its batch sizes, and the arena of a worker.
+  struct Plan {
+    const Network<T>*support = nullptr, *query = nullptr;
+    bool keep_path = false;        // theta_0..theta_K, for the reverse sweep
+    bool keep_directions = false;  // m_1..m_K, for the gradient of the rates
+    int slots = 0;                 // steps whose activations are kept
+  };
+
+  struct RateView {
+    int64_t offset = -1, row = 0;  // in rates_; row: distance from step to step
+    bool per_element = false;
+    T at(const T* rates, int step) const { return rates[offset + step * row]; }
+  };
+
+  struct Worker;
+
+  const Network<T>& network(int images, const std::vector<char>& adapted, const std::vector<char>& wanted,
+                            bool wants_input) {
+    auto& entry = networks_[std::make_tuple(images, adapted, wanted, wants_input)];
+    if (!entry) entry = std::make_unique<Network<T>>(graph_, images, adapted, wanted, wants_input);
+    return *entry;
+  }
+
+  Plan prepare(const Call<T>& call) {
+    const int count = packing_.count(), steps = call.settings.steps;
+    std::vector<char> adapted(count), wanted(call.wanted);
+    for (int p = 0; p < count; ++p) {
+      adapted[p] = call.rates[p].data != nullptr;
+      wanted[p] |= adapted[p] || call.grad_initial != nullptr;
+    }
+    Plan plan;
+    if (steps > 0) {
+      const int images = call.support.rows ? call.support.batch : call.support.count;
+      plan.support = &network(images, adapted, wanted, call.grad_support_x != nullptr);
+    }
+    if (call.query.x) plan.query = &network(call.query.count, adapted, wanted, call.grad_query_x != nullptr);
+    plan.keep_path = call.reverse() && steps > 0 && (!call.settings.first_order || call.step_weights);
+    plan.keep_directions = call.grad_rates != nullptr;
+    if (plan.support) {
+      const Network<T>& net = *plan.support;
+      const int64_t bytes = (2 * net.values_size + net.saved_size) * int64_t(sizeof(T));
+      const bool second_order = call.reverse() && !call.settings.first_order;
+      plan.slots = second_order ? int(std::clamp<int64_t>(kKeptBytes / std::max<int64_t>(bytes, 1), 1, steps)) : 1;
+    }
+    pack_shared(call);
+    return plan;
+  }
+
+  // theta_0, rates and frozen statistics in the engine's layout, once for all tasks.
+  void pack_shared(const Call<T>& call) {
+    if (!call.initial) {
+      theta_.assign(packing_.size(), T(0));
+      for (int p = 0; p < packing_.count(); ++p)
+        packing_.pack(p, call.parameters[p], theta_.data() + packing_.offset(p));
+    }
+    rate_views_.assign(packing_.count(), RateView());
+    rates_size_ = 0;
+    for (int p = 0; p < packing_.count(); ++p) {
+      if (!call.rates[p].data) continue;
+      const int64_t size = call.rates[p].per_element ? packing_.size(p) : 1;
+      rate_views_[p] = {rates_size_, call.rates[p].per_step ? size : 0, call.rates[p].per_element};
+      rates_size_ += size * (call.rates[p].per_step ? call.settings.steps : 1);
+    }
+    rates_.assign(rates_size_, T(0));
+    each_rate(call, [&](int p, bool per_element, int64_t at, int64_t flat) {
+      if (per_element)
+        packing_.pack(p, call.rates[p].data + flat, rates_.data() + at);
+      else
+        rates_[at] = call.rates[p].data[flat];
+    });
+    constants_.clear();
+    for (const Op& op : graph_.ops) {
+      if (op.kind != OpKind::kBatchNorm || op.buffer[0] < 0) continue;
+      const int channels = graph_.values[op.output].channels;
+      const int64_t stride = pad<T>(channels), at = int64_t(constants_.size());
+      constants_.resize(at + 3 * stride, T(0));
+      for (int c = 0; c < channels; ++c) {
+        const T variance = call.buffers[op.buffer[1]][c];
+        constants_[at + c] = call.buffers[op.buffer[0]][c];
+        constants_[at + stride + c] = T(1) / std::sqrt(variance + T(op.eps));
+        constants_[at + 2 * stride + c] = variance;
+      }
+    }
+  }
+
+  // body(parameter, per_element, offset in rates_, offset in the parameter's own rate tensor) for each step's rate.
+  template <class Body>
+  void each_rate(const Call<T>& call, const Body& body) const {
+    for (int p = 0; p < packing_.count(); ++p) {
+      if (!call.rates[p].data) continue;
+      const RateView& view = rate_views_[p];
+      const int64_t flat = view.per_element ? packing_.flat_size(p) : 1;
+      for (int k = 0; k < (call.rates[p].per_step ? call.settings.steps : 1); ++k)
+        body(p, view.per_element, view.offset + k * view.row, k * flat);
+    }
+  }
+
+  void unpack_rates(const Call<T>& call, const T* packed, T* flat) const {
+    int64_t start = 0;
+    each_rate(call, [&](int p, bool per_element, int64_t at, int64_t) {
+      if (per_element)
+        packing_.unpack(p, packed + at, flat + start);
+      else
+        flat[start] = packed[at];
+      start += per_element ? packing_.flat_size(p) : 1;
+    });
+  }
+
+  Graph graph_;
+  Packing<T> packing_;
+  std::map<std::tuple<int, std::vector<char>, std::vector<char>, bool>, std::unique_ptr<Network<T>>> networks_;
+  std::vector<T> theta_, rates_, constants_, sums_;
+  std::vector<RateView> rate_views_;
+  int64_t rates_size_ = 0;
+  std::vector<Arena<T>> arenas_;
+  std::vector<NonFinite> failures_;
+  std::mutex mutex_;
+};
+
+}  // namespace metaaug::METAAUG_ISA
+
+#include "task.h"

@@ -1,0 +1,166 @@
+// A graph planned for a number of samples: storage, index lists, and which adjoints each pass needs.
+#pragma once
+
+#include "loss.h"
+#include "ops/activation.h"
+#include "ops/batch_norm.h"
+#include "ops/conv2d.h"
+#include "ops/group_norm.h"
+#include "ops/pool.h"
+
+namespace metaaug::METAAUG_ISA {
+
+template <class T, template <class> class F>
+constexpr OpFunctions<T> activation_functions() {
+  return {activation::plan<T>, activation::forward<T, F>, activation::backward<T, F>, activation::tangent<T, F>,
+          activation::tangent_backward<T, F>};
+}
+
+template <class T, class Map>
+constexpr OpFunctions<T> linear_map_functions() {
+  using L = LinearMap<T, Map>;
+  return {L::plan, L::forward, L::backward, L::tangent, L::tangent_backward};
+}
+
+// The op table.
+template <class T>
+OpFunctions<T> functions(OpKind kind) {
+  switch (kind) {
+    case OpKind::kConv2d:
+      return {conv2d::plan<T>, conv2d::forward<T>, conv2d::backward<T>, conv2d::tangent<T>, conv2d::tangent_backward<T>};
+    case OpKind::kBatchNorm:
+      return {batch_norm::plan<T>, batch_norm::forward<T>, batch_norm::backward<T>, batch_norm::tangent<T>,
+              batch_norm::tangent_backward<T>};
+    case OpKind::kLayerNorm:
+    case OpKind::kGroupNorm:
+      return {group_norm::plan<T>, group_norm::forward<T>, group_norm::backward<T>, group_norm::tangent<T>,
+              group_norm::tangent_backward<T>};
+    case OpKind::kRelu: return activation_functions<T, Relu>();
+    case OpKind::kLeakyRelu: return activation_functions<T, LeakyRelu>();
+    case OpKind::kGelu: return activation_functions<T, Gelu>();
+    case OpKind::kGeluTanh: return activation_functions<T, GeluTanh>();
+    case OpKind::kTanh: return activation_functions<T, Tanh>();
+    case OpKind::kSigmoid: return activation_functions<T, Sigmoid>();
+    case OpKind::kSoftplus: return activation_functions<T, Softplus>();
+    case OpKind::kMaxPool: return linear_map_functions<T, MaxPool<T>>();
+    case OpKind::kAvgPool: return linear_map_functions<T, AvgPool<T>>();
+    case OpKind::kMeanPool: return linear_map_functions<T, MeanPool<T>>();
+    case OpKind::kFlatten: return linear_map_functions<T, Flatten<T>>();
+    case OpKind::kAdd: return linear_map_functions<T, Add<T>>();
+    case OpKind::kDropout: return linear_map_functions<T, Dropout<T>>();
+  }
+  return {};
+}
+
+// What a backward pass computes at one op.
+struct Wants {
+  bool active = false, dx[2] = {false, false}, accumulate[2] = {false, false}, dp[2] = {false, false};
+};
+
+// Buffers of one pass. `forward` and `saved` hold a step's activations, `adjoint` their gradients; a Hessian-vector
+// product has the same three for tangents.
+template <class T>
+struct Frame {
+  T *input = nullptr, *values = nullptr, *adjoints = nullptr, *saved = nullptr;
+};
+
+template <class T>
+struct Network {
+  const Graph* graph;
+  int images;
+  std::vector<Layout> values;
+  std::vector<OpPlan<T>> ops;
+  std::vector<OpFunctions<T>> functions;
+  std::vector<int64_t> value_at, saved_at, saved_tangent_at;  // value 0's offset counts in the adjoints alone
+  int64_t values_size = 0, saved_size = 0, saved_tangent_size = 0, scratch_size = 0, input_size = 0;
+  std::vector<char> adapted;         // parameters that move in the inner loop
+  std::vector<char> moves;           // values that depend on one of them
+  std::vector<Wants> inner, outer;   // towards adapted parameters; towards all wanted ones, and maybe the input
+  LossPlan<T> loss;
+
+  Network(const Graph& g, int images, const std::vector<char>& adapted, const std::vector<char>& wanted,
+          bool wants_input)
+      : graph(&g), images(images), adapted(adapted), moves(g.values.size(), 0) {
+    lay_out(wants_input);
+    std::vector<char> reaches(g.values.size(), 0);
+    reaches[0] = wants_input;
+    for (const Op& op : g.ops) {
+      for (int i = 0; i < 2; ++i) {
+        if (op.input[i] >= 0) moves[op.output] |= moves[op.input[i]], reaches[op.output] |= reaches[op.input[i]];
+        if (op.param[i] >= 0) moves[op.output] |= adapted[op.param[i]], reaches[op.output] |= wanted[op.param[i]];
+      }
+    }
+    inner = wants(moves, adapted);
+    outer = wants(reaches, wanted);
+    loss.images = images;
+    loss.classes = values[g.output].shape.channels;
+    loss.stride = values[g.output].stride;
+  }
+
+  T* value(const Frame<T>& frame, int v) const { return v == 0 ? frame.input : frame.values + value_at[v]; }
+  T* adjoint(const Frame<T>& frame, int v) const { return frame.adjoints + value_at[v]; }
+
+ private:
+  // Relu over a value that nobody else reads takes its place.
+  bool in_place(const Op& op) const {
+    if (op.kind != OpKind::kRelu && !(op.kind == OpKind::kLeakyRelu && op.scalar[0] > 0)) return false;
+    if (op.input[0] == 0 || op.input[0] == graph->output) return false;
+    int readers = 0;
+    for (const Op& other : graph->ops) readers += (other.input[0] == op.input[0]) + (other.input[1] == op.input[0]);
+    return readers == 1;
+  }
+
+  void lay_out(bool wants_input) {
+    const auto& ops_in = graph->ops;
+    bool compact = !wants_input;  // convolutions read an input without padding, and merge neighbouring pixels
+    for (const Op& op : ops_in) compact &= op.input[0] != 0 || op.kind == OpKind::kConv2d;
+    for (const Shape& shape : graph->values) values.push_back({shape, pad<T>(shape.channels)});
+    if (compact) values[0].stride = values[0].shape.channels;
+    input_size = pad<T>(images * values[0].sample());
+    value_at.assign(values.size(), 0);
+    values_size = wants_input ? input_size : 0;
+    for (const Op& op : ops_in) {
+      OpPlan<T> plan;
+      plan.op = op;
+      plan.images = images;
+      for (int i = 0; i < 2; ++i)
+        if (op.input[i] >= 0) plan.in[i] = values[op.input[i]];
+      plan.out = values[op.output];
+      plan.in_place = in_place(op);
+      functions.push_back(METAAUG_ISA::functions<T>(op.kind));
+      functions.back().plan(plan);
+      if (plan.in_place) {
+        value_at[op.output] = value_at[op.input[0]];
+      } else {
+        value_at[op.output] = values_size;
+        values_size += images * values[op.output].sample();
+      }
+      saved_at.push_back(saved_size);
+      saved_size += pad<T>(plan.saved);
+      saved_tangent_at.push_back(saved_tangent_size);
+      saved_tangent_size += pad<T>(plan.saved_tangent);
+      scratch_size = std::max(scratch_size, plan.scratch);
+      ops.push_back(std::move(plan));
+    }
+  }
+
+  std::vector<Wants> wants(const std::vector<char>& values_wanted, const std::vector<char>& params_wanted) const {
+    std::vector<Wants> result(ops.size());
+    std::vector<char> written(values.size(), 0);
+    for (size_t i = ops.size(); i-- > 0;) {
+      const Op& op = ops[i].op;
+      Wants& w = result[i];
+      w.active = values_wanted[op.output];
+      for (int j = 0; w.active && j < 2; ++j) {
+        w.dp[j] = op.param[j] >= 0 && params_wanted[op.param[j]];
+        if (op.input[j] < 0 || !values_wanted[op.input[j]]) continue;
+        w.dx[j] = true;
+        w.accumulate[j] = written[op.input[j]];
+        written[op.input[j]] = 1;
+      }
+    }
+    return result;
+  }
+};
+
+}  // namespace metaaug::METAAUG_ISA

@@ -1,0 +1,170 @@
+// conv2d, and linear as its 1x1 case on a 1x1 picture.
+#pragma once
+
+#include "op.h"
+
+namespace metaaug::METAAUG_ISA {
+namespace conv2d {
+
+// Where one pixel of C reads A: a list of segments relative to the image's start.
+struct Pixel {
+  int64_t c;
+  std::vector<Segment> segments;
+};
+
+// Pixel b continues a run at distance `shift` in A.
+inline bool continues(const Pixel& a, const Pixel& b, int64_t shift) {
+  return std::equal(a.segments.begin(), a.segments.end(), b.segments.begin(), b.segments.end(),
+                    [&](const Segment& s, const Segment& t) {
+                      return t.a - s.a == shift && s.b_row == t.b_row && s.length == t.length;
+                    });
+}
+
+// Rows of a tile are one pixel over the images where there are enough of them (their segments then agree at the
+// picture's border too), else neighbouring pixels of one image. `pixels` holds rows of equal `phase` in order.
+inline GatherPlan gather_plan(const std::vector<std::vector<Pixel>>& chains, int images, int64_t a_image,
+                              int64_t c_image) {
+  GatherPlan plan;
+  const bool over_images = images >= 4 || (chains.size() == 1 && chains[0].size() == 1);
+  for (const auto& chain : chains) {
+    for (size_t first = 0; first < chain.size();) {
+      size_t last = first + 1;
+      int64_t shift = 0;
+      if (!over_images && last < chain.size() && !chain[first].segments.empty() && !chain[last].segments.empty()) {
+        shift = chain[last].segments[0].a - chain[first].segments[0].a;
+        while (last < chain.size() && continues(chain[last - 1], chain[last], shift)) ++last;
+      }
+      const int at = int(plan.segments.size()), count = int(chain[first].segments.size());
+      plan.segments.insert(plan.segments.end(), chain[first].segments.begin(), chain[first].segments.end());
+      if (over_images) {
+        plan.runs.push_back({images, 0, a_image, chain[first].c, c_image, at, count});
+      } else {
+        const int64_t step = last - first > 1 ? chain[first + 1].c - chain[first].c : 0;
+        for (int n = 0; n < images; ++n)
+          plan.runs.push_back({int(last - first), n * a_image, shift, n * c_image + chain[first].c, step, at, count});
+      }
+      first = last;
+    }
+  }
+  return plan;
+}
+
+template <class T>
+void plan(OpPlan<T>& plan) {
+  const Op& op = plan.op;
+  const Layout &in = plan.in[0], &out = plan.out;
+  const int inputs = in.shape.channels, outputs = out.shape.channels, taps = op.kernel.y * op.kernel.x;
+  plan.matrix = {int64_t{taps} * inputs, pad<T>(outputs)};
+  plan.transposed = {int64_t{taps} * outputs, pad<T>(inputs)};
+  plan.scratch = 2 * plan.transposed.size();
+  const auto row = [&](int y, int ky) { return y * op.stride.y - op.padding.y + ky * op.dilation.y; };
+  const auto column = [&](int x, int kx) { return x * op.stride.x - op.padding.x + kx * op.dilation.x; };
+  const auto inside = [&](int y, int x) { return y >= 0 && y < in.shape.height && x >= 0 && x < in.shape.width; };
+
+  plan.weight_gradient = {std::vector<std::vector<PixelPair>>(taps), plan.images, in.sample(), out.sample()};
+  std::vector<std::vector<Pixel>> chains;
+  for (int y = 0; y < out.shape.height; ++y) {
+    chains.emplace_back();
+    for (int x = 0; x < out.shape.width; ++x) {
+      Pixel pixel{(int64_t{y} * out.shape.width + x) * out.stride, {}};
+      for (int tap = 0; tap < taps; ++tap) {
+        const int iy = row(y, tap / op.kernel.x), ix = column(x, tap % op.kernel.x);
+        if (!inside(iy, ix)) continue;
+        const int64_t a = (int64_t{iy} * in.shape.width + ix) * in.stride;
+        plan.weight_gradient.taps[tap].push_back({a, pixel.c});
+        auto& segments = pixel.segments;
+        const bool joins = !segments.empty() && segments.back().a + segments.back().length == a &&
+                           segments.back().b_row + segments.back().length == tap * inputs;
+        if (joins)
+          segments.back().length += inputs;
+        else
+          segments.push_back({a, tap * inputs, inputs});
+      }
+      chains.back().push_back(std::move(pixel));
+    }
+  }
+  if (taps == 1 && in.shape.pixels() == 1) {  // a linear layer: one loop over the images
+    plan.weight_gradient = {{{}}, 1, 0, 0};
+    for (int n = 0; n < plan.images; ++n) plan.weight_gradient.taps[0].push_back({n * in.sample(), n * out.sample()});
+  }
+  plan.forward = gather_plan(chains, plan.images, in.sample(), out.sample());
+
+  // The input gradient gathers over the output pixels that read an input pixel; inputs a stride apart read alike.
+  chains.clear();
+  for (int iy = 0; iy < in.shape.height; ++iy) {
+    for (int phase = 0; phase < std::min(op.stride.x, in.shape.width); ++phase) {
+      chains.emplace_back();
+      for (int ix = phase; ix < in.shape.width; ix += op.stride.x) {
+        Pixel pixel{(int64_t{iy} * in.shape.width + ix) * in.stride, {}};
+        for (int tap = 0; tap < taps; ++tap) {
+          const int oy = iy + op.padding.y - (tap / op.kernel.x) * op.dilation.y;
+          const int ox = ix + op.padding.x - (tap % op.kernel.x) * op.dilation.x;
+          if (oy < 0 || ox < 0 || oy % op.stride.y || ox % op.stride.x) continue;
+          if (oy / op.stride.y >= out.shape.height || ox / op.stride.x >= out.shape.width) continue;
+          const int64_t a = (int64_t{oy / op.stride.y} * out.shape.width + ox / op.stride.x) * out.stride;
+          pixel.segments.push_back({a, tap * outputs, outputs});
+        }
+        chains.back().push_back(std::move(pixel));
+      }
+    }
+  }
+  plan.input_gradient = gather_plan(chains, plan.images, out.sample(), in.sample());
+}
+
+template <class T>
+void forward(const OpCall<T>& call) {
+  const Product<T> product{call.x[0], call.p[0]};
+  gather<T>(call.plan.forward, call.plan.matrix, &product, 1, call.p[1], call.y, false);
+}
+
+// The transposed weights of `source`, in the scratch's first or second half.
+template <class T>
+const T* transposed(const OpCall<T>& call, const T* source, int half) {
+  const OpPlan<T>& plan = call.plan;
+  T* target = call.scratch + half * plan.transposed.size();
+  transpose<T>(plan.matrix, source, plan.transposed, target, plan.op.kernel.y * plan.op.kernel.x,
+               plan.in[0].shape.channels, plan.out.shape.channels);
+  return target;
+}
+
+template <class T>
+void backward(const OpCall<T>& call) {
+  const OpPlan<T>& plan = call.plan;
+  if (call.dx[0]) {
+    const Product<T> product{call.dy, transposed(call, call.p[0], 0)};
+    gather<T>(plan.input_gradient, plan.transposed, &product, 1, nullptr, call.dx[0], call.accumulate[0]);
+  }
+  if (call.dp[0]) {
+    const Product<T> product{call.x[0], call.dy};
+    outer<T>(plan.weight_gradient, plan.matrix, &product, 1, call.dp[0]);
+  }
+  if (call.dp[1]) add_column_sums(call.dy, plan.rows(), plan.out.stride, call.dp[1]);
+}
+
+template <class T>
+void tangent(const OpCall<T>& call) {
+  Product<T> products[2];
+  int terms = 0;
+  if (call.x_t[0]) products[terms++] = {call.x_t[0], call.p[0]};
+  if (call.p_t[0]) products[terms++] = {call.x[0], call.p_t[0]};
+  gather<T>(call.plan.forward, call.plan.matrix, products, terms, call.p_t[1], call.y_t, false);
+}
+
+template <class T>
+void tangent_backward(const OpCall<T>& call) {
+  const OpPlan<T>& plan = call.plan;
+  if (call.dx_t[0]) {
+    Product<T> products[2] = {{call.dy_t, transposed(call, call.p[0], 0)}};
+    if (call.p_t[0]) products[1] = {call.dy, transposed(call, call.p_t[0], 1)};
+    gather<T>(plan.input_gradient, plan.transposed, products, call.p_t[0] ? 2 : 1, nullptr, call.dx_t[0],
+              call.accumulate[0]);
+  }
+  if (call.dp_t[0]) {
+    const Product<T> products[2] = {{call.x[0], call.dy_t}, {call.x_t[0], call.dy}};
+    outer<T>(plan.weight_gradient, plan.matrix, products, call.x_t[0] ? 2 : 1, call.dp_t[0]);
+  }
+  if (call.dp_t[1]) add_column_sums(call.dy_t, plan.rows(), plan.out.stride, call.dp_t[1]);
+}
+
+}  // namespace conv2d
+}  // namespace metaaug::METAAUG_ISA

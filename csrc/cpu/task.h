@@ -1,0 +1,381 @@
+// One task of a call: K steps forward, the query, K steps back.
+#pragma once
+
+#include "executor.h"
+
+namespace metaaug::METAAUG_ISA {
+
+template <class T>
+struct Executor<T>::Worker {
+  using Pass = typename Passes<T>::Pass;
+  using Settings = cpu::Settings;
+
+  const Executor& engine;
+  const Call<T>& call;
+  const Plan& plan;
+  NonFinite& failure;
+  const Packing<T>& packing = engine.packing_;
+  const int steps = call.settings.steps;
+  const int64_t size = packing.size();
+  int task = 0;
+
+  // Sums over this group's tasks.
+  T *sum = nullptr, *rate_sum = nullptr;
+
+  // Of size P: weights of every step, or one set that is overwritten; directions likewise.
+  T *path, *directions, *gradient, *second = nullptr, *adjoint = nullptr, *tangent = nullptr, *carry = nullptr;
+  // Activations: a slot for each kept step; tangents and the query pass share theirs, being never alive together.
+  std::vector<Frame<T>> slots;
+  Frame<T> tangents, query;
+  T* scratch;
+
+  Worker(const Executor& engine, const Call<T>& call, const Plan& plan, Arena<T>& arena, T* group, NonFinite& failure)
+      : engine(engine), call(call), plan(plan), failure(failure) {
+    if (call.grad_parameters || call.mean_displacement) {
+      sum = group;
+      group += size;
+    }
+    if (call.grad_rates) rate_sum = group;
+    lay_out(arena, true);  // the same walk twice: sizes, then addresses
+    lay_out(arena, false);
+  }
+
+  void run(int index) {
+    task = index;
+    load_start();
+    for (int k = 0; k < steps && failure.task < 0; ++k) {
+      step(k);
+      if (!call.reverse() && call.step_weights && k + 1 < steps) judge(k + 1, nullptr);
+    }
+    if (failure.task >= 0) return;
+    const T* last = theta(steps);
+    if (call.flat) packing.unpack_all(last, call.flat + task * packing.flat_size());
+    if (call.mean_displacement)
+      for (int64_t i = 0; i < size; ++i) sum[i] += last[i] - engine.theta_[i];
+    if (adjoint) std::fill(adjoint, adjoint + size, T(0));
+    if (plan.query) judge(steps, adjoint);
+    if (!call.reverse() || failure.task >= 0) return;
+    if (call.flat_adjoint) packing.pack_all(call.flat_adjoint + task * packing.flat_size(), adjoint);
+    if (carry) std::fill(carry, carry + size, T(0));
+    for (int k = steps - 1; k >= 0; --k) {
+      step_back(k);
+      if (call.step_weights && k > 0) judge(k, adjoint);
+    }
+    finish();
+  }
+
+ private:
+  T* theta(int k) const { return plan.keep_path ? path + k * size : path; }
+  T* direction(int k) const { return plan.keep_directions ? directions + k * size : directions; }
+  const Frame<T>& slot(int k) const { return slots[k % slots.size()]; }
+  bool kept(int k) const { return k >= steps - int(slots.size()); }
+  Pass pass(int index, int row) const {
+    return {row, call.settings.seed, uint32_t(task), uint32_t(index)};
+  }
+  Passes<T> passes(const Network<T>& net) const { return {net, packing, engine.constants_.data(), scratch}; }
+
+  void lay_out(Arena<T>& arena, bool measuring) {
+    int64_t total = 0;
+    const auto take = [&](int64_t count) -> T* {
+      total += Arena<T>::round(count);
+      return measuring ? nullptr : arena.take(count);
+    };
+    const bool reverse = call.reverse(), momentum = call.settings.momentum != 0;
+    path = take((plan.keep_path ? steps + 1 : 1) * size);
+    directions = take((plan.keep_directions ? steps : 1) * size);
+    gradient = take(size);
+    if (call.settings.optimizer == OptimizerKind::kAdam) second = take(size);
+    if (reverse) adjoint = take(size);
+    if (reverse && steps > 0) tangent = take(size);
+    if (reverse && momentum) carry = take(size);
+    const auto frame = [&](const Network<T>& net, bool adjoints) {
+      Frame<T> f;
+      f.input = take(net.input_size);
+      f.values = take(net.values_size);
+      if (adjoints) f.adjoints = take(net.values_size);
+      f.saved = take(net.saved_size + saved_by_loss(net));
+      return f;
+    };
+    slots.clear();
+    for (int i = 0; i < plan.slots; ++i) slots.push_back(frame(*plan.support, true));
+    if (plan.support && plan.slots > 1 && !call.support.rows)
+      for (auto& f : slots) f.input = slots[0].input;
+    const int64_t shared = total, used = arena.used();
+    if (plan.support && plan.keep_path && !call.settings.first_order) {
+      tangents.values = take(plan.support->values_size);
+      tangents.adjoints = take(plan.support->values_size);
+      tangents.saved = take(plan.support->saved_tangent_size);
+    }
+    const int64_t tangents_end = total;
+    total = shared;
+    if (!measuring) arena.rewind(used);
+    if (plan.query) query = frame(*plan.query, reverse);
+    total = std::max(total, tangents_end);
+    if (!measuring) arena.rewind(used + total - shared);
+    int64_t scratch_size = 0;
+    for (const Network<T>* net : {plan.support, plan.query})
+      if (net) scratch_size = std::max(scratch_size, net->scratch_size);
+    scratch = take(scratch_size);
+    if (measuring) arena.reserve(total);
+  }
+
+  void load_start() {
+    T* start = theta(0);
+    if (call.initial) {
+      std::fill(start, start + size, T(0));
+      packing.pack_all(call.initial + task * packing.flat_size(), start);
+    } else {
+      std::copy(engine.theta_.begin(), engine.theta_.end(), start);
+    }
+    if (!plan.support) return;
+    if (!call.support.rows) load_input(*plan.support, call.support, nullptr, slots[0].input);
+    std::fill(directions, directions + size, T(0));
+    if (second) std::fill(second, second + size, T(0));
+  }
+
+  // Channels last, from samples in torch's layout.
+  void load_input(const Network<T>& net, const Samples<T>& samples, const int64_t* rows, T* input) const {
+    const Layout& layout = net.values[0];
+    const int pixels = layout.shape.pixels(), channels = layout.shape.channels;
+    for (int n = 0; n < net.images; ++n) {
+      const T* from = samples.x + (int64_t{task} * samples.count + (rows ? rows[n] : n)) * layout.shape.size();
+      T* to = input + n * layout.sample();
+      for (int i = 0; i < pixels; ++i, to += layout.stride) {
+        for (int c = 0; c < channels; ++c) to[c] = from[int64_t{c} * pixels + i];
+        std::fill(to + channels, to + layout.stride, T(0));
+      }
+    }
+  }
+
+  // The reverse of load_input: adds an adjoint of the input to the user's tensor.
+  void add_input_adjoint(const Network<T>& net, const Samples<T>& samples, const int64_t* rows, const T* from,
+                         T* target) const {
+    const Layout& layout = net.values[0];
+    const int pixels = layout.shape.pixels(), channels = layout.shape.channels;
+    for (int n = 0; n < net.images; ++n) {
+      T* to = target + (int64_t{task} * samples.count + (rows ? rows[n] : n)) * layout.shape.size();
+      for (int i = 0; i < pixels; ++i, from += layout.stride)
+        for (int c = 0; c < channels; ++c) to[int64_t{c} * pixels + i] += from[c];
+    }
+  }
+
+  const int64_t* support_rows(int k) const {
+    const auto& s = call.support;
+    return s.rows ? s.rows + (int64_t{task} * steps + k) * s.batch : nullptr;
+  }
+
+  Targets<T> targets(const Samples<T>& s, const int64_t* rows) const {
+    const int64_t first = int64_t{task} * s.count;
+    return {s.ids ? s.ids + first : nullptr,
+            s.values ? s.values + first * graph().values[graph().output].size() : nullptr,
+            s.weight ? s.weight + first : nullptr, rows};
+  }
+
+  const Graph& graph() const { return engine.graph_; }
+
+  LossPlan<T> loss(const Network<T>& net) const {
+    LossPlan<T> result = net.loss;
+    result.kind = call.settings.loss;
+    result.smoothing = T(call.settings.label_smoothing);
+    return result;
+  }
+
+  int64_t saved_by_loss(const Network<T>& net) const {
+    return call.settings.loss == LossKind::kCrossEntropy ? int64_t{net.images} * net.loss.classes : 0;
+  }
+
+  T* probabilities(const Network<T>& net, const Frame<T>& frame) const { return frame.saved + net.saved_size; }
+
+  bool finite(T value, int step, const char* what) {
+    if (std::isfinite(value)) return true;
+    if (failure.task < 0) failure = {task, step, what, double(value)};
+    return false;
+  }
+
+  // Activations and adjoints of step k at theta_k; `grad` may be null.
+  T evaluate(int k, T* grad) {
+    const Network<T>& net = *plan.support;
+    const Frame<T>& frame = slot(k);
+    const Passes<T> run = passes(net);
+    const int64_t* rows = support_rows(k);
+    if (rows) load_input(net, call.support, rows, frame.input);
+    run.forward(frame, theta(k), pass(2 * k, k));
+    const int out = graph().output;
+    const T value = loss_forward(loss(net), targets(call.support, rows), net.value(frame, out), T(1),
+                                 probabilities(net, frame), net.adjoint(frame, out), static_cast<T*>(nullptr));
+    if (net.moves[out]) run.backward(frame, theta(k), pass(2 * k, k), net.inner, grad);
+    return value;
+  }
+
+  void step(int k) {
+    std::fill(gradient, gradient + size, T(0));
+    if (!finite(evaluate(k, gradient), k, "support loss")) return;
+    const Settings& s = call.settings;
+    const T *from = theta(k), *m_from = direction(k > 0 ? k - 1 : 0);
+    T *to = theta(k + 1), *m_to = direction(k);
+    const T momentum = T(s.momentum), decay = T(s.weight_decay);
+    Vector poison{};
+    for (int p = 0; p < packing.count(); ++p) {
+      const RateView& rate = engine.rate_views_[p];
+      const int64_t first = packing.offset(p), last = first + packing.size(p);
+      if (rate.offset < 0) {
+        if (to != from) std::copy(from + first, from + last, to + first);
+        continue;
+      }
+      const T* alpha = engine.rates_.data() + rate.offset + k * rate.row;
+      const Adam adam(s, k);
+      for (int64_t i = first; i < last; i += S::kWidth) {
+        const Vector here = S::load(from + i);
+        Vector m = S::load(gradient + i) + decay * here;
+        if (second) {
+          m = adam(m, directions + i, second + i);
+        } else {
+          if (momentum != T(0) && k > 0) m += momentum * S::load(m_from + i);
+          S::store(m_to + i, m);
+        }
+        const Vector rates = rate.per_element ? S::load(alpha + i - first) : S::fill(*alpha);
+        const Vector next = here - rates * m;
+        poison += next * T(0);
+        S::store(to + i, next);
+      }
+    }
+    T sum_of_poison = 0;
+    for (int i = 0; i < S::kWidth; ++i) sum_of_poison += poison[i];
+    finite(sum_of_poison, k, "updated weights");
+  }
+
+  // Bias-corrected ratio of moments (Kingma and Ba 2015).
+  struct Adam {
+    T beta1, beta2, eps, correction1, correction2;
+    Adam(const Settings& s, int k)
+        : beta1(T(s.beta1)), beta2(T(s.beta2)), eps(T(s.eps)), correction1(T(1 / (1 - std::pow(s.beta1, k + 1)))),
+          correction2(T(1 / (1 - std::pow(s.beta2, k + 1)))) {}
+    Vector operator()(Vector g, T* first, T* second) const {
+      const Vector m = beta1 * S::load(first) + (T(1) - beta1) * g;
+      const Vector v = beta2 * S::load(second) + (T(1) - beta2) * g * g;
+      S::store(first, m);
+      S::store(second, v);
+      Vector ratio;
+      for (int i = 0; i < S::kWidth; ++i) ratio[i] = m[i] * correction1 / (std::sqrt(v[i] * correction2) + eps);
+      return ratio;
+    }
+  };
+
+  // The query pass after k steps. With `grad`, adds its share of dL/dtheta_k there.
+  void judge(int k, T* grad) {
+    const T weight = call.step_weights && k > 0 ? call.step_weights[k - 1] : T(1);
+    const bool is_last = k == steps;
+    if (weight == T(0) && !is_last && !call.step_losses) return;
+    const Network<T>& net = *plan.query;
+    const Passes<T> run = passes(net);
+    const int behind = call.settings.first_step + k;
+    const Pass query_pass = pass(2 * behind + 1, std::max(behind - 1, 0));
+    load_input(net, call.query, nullptr, query.input);
+    run.forward(query, theta(k), query_pass);
+    const int out = graph().output;
+    const T* z = net.value(query, out);
+    T* dz = grad ? net.adjoint(query, out) : nullptr;
+    const int64_t outputs = graph().values[out].size(), first = int64_t{task} * net.images;
+    if (is_last && call.predictions)
+      for (int n = 0; n < net.images; ++n)
+        std::copy(z + n * net.loss.stride, z + n * net.loss.stride + outputs, call.predictions + (first + n) * outputs);
+    if (is_last && call.statistics) write_statistics(net, call.statistics);
+    if (call.prediction_adjoint) {
+      for (int n = 0; n < net.images; ++n, dz += net.loss.stride) {
+        const T* from = call.prediction_adjoint + (first + n) * outputs;
+        std::fill(std::copy(from, from + outputs, dz), dz + net.loss.stride, T(0));
+      }
+    } else if (call.query.ids || call.query.values) {
+      const T scale = weight * (call.task_weights ? call.task_weights[task] : T(1) / T(call.tasks));
+      T* dy = call.grad_query_y ? call.grad_query_y + first * outputs : nullptr;
+      const T value = loss_forward(loss(net), targets(call.query, nullptr), z, scale, probabilities(net, query), dz, dy);
+      if (!finite(value, k, "query loss")) return;
+      if (call.step_losses && k > 0) call.step_losses[int64_t{task} * steps + k - 1] = value;
+      if (call.task_losses) call.task_losses[task] += weight * value;
+      if (is_last && call.accuracy) call.accuracy[task] = accuracy(loss(net), targets(call.query, nullptr), z);
+    }
+    if (!grad) return;
+    run.backward(query, theta(k), query_pass, net.outer, grad);
+    if (call.grad_query_x)
+      add_input_adjoint(net, call.query, nullptr, net.adjoint(query, 0), call.grad_query_x);
+  }
+
+  // Batch mean and unbiased variance of every batch norm of the pass, in order of ops.
+  void write_statistics(const Network<T>& net, T* out) const {
+    int64_t channels = 0;
+    for (const OpPlan<T>& op : net.ops)
+      if (op.op.kind == OpKind::kBatchNorm) channels += op.out.shape.channels;
+    T* to = out + 2 * task * channels;
+    for (size_t i = 0; i < net.ops.size(); ++i) {
+      const OpPlan<T>& op = net.ops[i];
+      if (op.op.kind != OpKind::kBatchNorm) continue;
+      const T* saved = query.saved + net.saved_at[i];
+      const T unbiased = T(op.rows()) / T(std::max<int64_t>(op.rows() - 1, 1));
+      for (int c = 0; c < op.out.shape.channels; ++c) *to++ = saved[c];
+      for (int c = 0; c < op.out.shape.channels; ++c) *to++ = saved[2 * op.out.stride + c] * unbiased;
+    }
+  }
+
+  // From dL/dtheta_{k+1} to dL/dtheta_k, both in `adjoint`. The Hessian-vector product is taken along -u, so that
+  // everything it yields is added.
+  void step_back(int k) {
+    const T momentum = T(call.settings.momentum), decay = T(call.settings.weight_decay);
+    for (int p = 0; p < packing.count(); ++p) {
+      const RateView& rate = engine.rate_views_[p];
+      if (rate.offset < 0) continue;
+      const int64_t first = packing.offset(p), last = first + packing.size(p), at = rate.offset + k * rate.row;
+      const T* alpha = engine.rates_.data() + at;
+      Vector dot{};
+      for (int64_t i = first; i < last; i += S::kWidth) {
+        const Vector v = S::load(adjoint + i);
+        Vector u = (rate.per_element ? S::load(alpha + i - first) : S::fill(*alpha)) * v;
+        if (rate_sum) {
+          const Vector share = v * S::load(direction(k) + i);
+          if (rate.per_element)
+            S::store(rate_sum + at + i - first, S::load(rate_sum + at + i - first) - share);
+          else
+            dot += share;
+        }
+        if (carry) {
+          u += S::load(carry + i);
+          S::store(carry + i, momentum * u);
+        }
+        S::store(tangent + i, -u);
+        S::store(adjoint + i, v - decay * u);
+      }
+      if (rate_sum && !rate.per_element)
+        for (int i = 0; i < S::kWidth; ++i) rate_sum[at] -= dot[i];
+    }
+    if (!call.settings.first_order) add_hessian_product(k);
+  }
+
+  void add_hessian_product(int k) {
+    const Network<T>& net = *plan.support;
+    const int out = graph().output;
+    if (!net.moves[out]) return;
+    if (!kept(k)) evaluate(k, nullptr);
+    const Frame<T>& frame = slot(k);
+    const Passes<T> run = passes(net);
+    const int64_t* rows = support_rows(k);
+    run.tangent(frame, tangents, theta(k), tangent, pass(2 * k, k));
+    const int64_t first = int64_t{task} * call.support.count, outputs = graph().values[out].size();
+    loss_tangent(loss(net), targets(call.support, rows), net.value(frame, out), net.value(tangents, out),
+                 probabilities(net, frame), net.adjoint(tangents, out),
+                 call.grad_support_y ? call.grad_support_y + first * outputs : nullptr,
+                 call.grad_support_weight ? call.grad_support_weight + first : nullptr);
+    run.tangent_backward(frame, tangents, theta(k), tangent, pass(2 * k, k), adjoint);
+    if (call.grad_support_x)
+      add_input_adjoint(net, call.support, rows, net.adjoint(tangents, 0), call.grad_support_x);
+  }
+
+  void finish() {
+    T total = 0;
+    for (int64_t i = 0; i < size; ++i) total += adjoint[i] * T(0);
+    if (!finite(total, 0, "meta-gradient")) return;
+    if (call.grad_parameters)
+      for (int64_t i = 0; i < size; ++i) sum[i] += adjoint[i];
+    if (call.grad_initial) packing.unpack_all(adjoint, call.grad_initial + task * packing.flat_size());
+  }
+};
+
+}  // namespace metaaug::METAAUG_ISA

@@ -1,0 +1,196 @@
+#include "ops.h"
+
+#include <ATen/Parallel.h>
+
+#include <atomic>
+#include <chrono>
+#include <thread>
+
+namespace metaaug {
+namespace {
+
+int64_t flat_size(const Graph& graph) {
+  int64_t size = 0;
+  for (const Parameter& p : graph.parameters) size += p.size();
+  return size;
+}
+
+// Hands out contiguous tensors' pointers and keeps the tensors alive for the call.
+class Pointers {
+ public:
+  Pointers(at::ScalarType dtype) : dtype_(dtype) {}
+
+  template <class T>
+  const T* read(const OptionalTensor& tensor, const char* name, at::IntArrayRef shape) {
+    if (!tensor) return nullptr;
+    TORCH_CHECK_VALUE(tensor->sizes() == shape, name, " must have shape ", shape, " (got ", tensor->sizes(), ")");
+    return read<T>(*tensor, name);
+  }
+
+  template <class T>
+  const T* read(const at::Tensor& tensor, const char* name) {
+    const auto wanted = std::is_same_v<T, int64_t> ? at::kLong : dtype_;
+    TORCH_CHECK_VALUE(tensor.device().is_cpu(), name, " must be on the CPU (got ", tensor.device(), ")");
+    TORCH_CHECK_VALUE(tensor.scalar_type() == wanted, name, " must be ", wanted, " (got ", tensor.scalar_type(), ")");
+    kept_.push_back(tensor.contiguous());
+    return kept_.back().const_data_ptr<T>();
+  }
+
+ private:
+  at::ScalarType dtype_;
+  std::vector<at::Tensor> kept_;
+};
+
+// Runs items on torch's own threads, each taking the next one when it is free. The calling thread polls for
+// interrupts now and then.
+cpu::Parallel on_torch_threads(const std::function<bool()>& poll, std::atomic<bool>& stopped) {
+  const int workers = at::get_num_threads();
+  return {workers, [=, &stopped](int count, const std::function<void(int, int)>& body) {
+            std::atomic<int> next{0};
+            const auto caller = std::this_thread::get_id();
+            auto polled = std::chrono::steady_clock::now();
+            at::parallel_for(0, std::min(workers, count), 1, [&](int64_t worker, int64_t) {
+              for (int item; !stopped && (item = next++) < count;) {
+                body(item, int(worker));
+                const auto now = std::chrono::steady_clock::now();
+                if (std::this_thread::get_id() == caller && now - polled > std::chrono::milliseconds(20)) {
+                  polled = now;
+                  if (poll()) stopped = true;
+                }
+              }
+            });
+          }};
+}
+
+}  // namespace
+
+template <>
+cpu::Engine<float>& FusedEngine::engine<float>() {
+  if (!float_) float_ = cpu::make_engine<float>(graph_);
+  return *float_;
+}
+
+template <>
+cpu::Engine<double>& FusedEngine::engine<double>() {
+  if (!double_) double_ = cpu::make_engine<double>(graph_);
+  return *double_;
+}
+
+template <class T>
+std::map<std::string, at::Tensor> FusedEngine::run_cpu(const cpu::Settings& settings, const Inputs& in,
+                                                       const std::vector<std::string>& outputs,
+                                                       const std::function<bool()>& poll) {
+  const at::ScalarType dtype = at::CppTypeToScalarType<T>::value;
+  const at::TensorOptions options = at::TensorOptions().dtype(dtype);
+  Pointers pointers(dtype);
+  const int64_t flat = flat_size(graph_), parameters = int64_t(graph_.parameters.size());
+  const int64_t outs = graph_.values[graph_.output].size(), sample = graph_.values[0].size();
+  const at::Tensor& first = in.support_x ? *in.support_x : *in.query_x;
+  const int64_t tasks = first.size(0);
+
+  cpu::Call<T> call;
+  call.settings = settings;
+  call.tasks = int(tasks);
+  const auto samples = [&](const OptionalTensor& x, const OptionalTensor& y, const char* name) {
+    cpu::Samples<T> s;
+    if (!x) return s;
+    s.count = int(x->size(1));
+    TORCH_CHECK_VALUE(x->size(0) == tasks && x->numel() == tasks * s.count * sample, name, "_x must be [", tasks,
+                      ", N, ...] with ", sample, " values a sample (got ", x->sizes(), ")");
+    s.x = pointers.read<T>(*x, name);
+    if (y && y->scalar_type() == at::kLong) {
+      s.ids = pointers.read<int64_t>(y, name, {tasks, s.count});
+    } else if (y) {
+      TORCH_CHECK_VALUE(y->numel() == tasks * s.count * outs, name, "_y must have ", outs,
+                        " values a sample (got shape ", y->sizes(), ")");
+      s.values = pointers.read<T>(*y, name);
+    }
+    return s;
+  };
+  call.support = samples(in.support_x, in.support_y, "support");
+  call.query = samples(in.query_x, in.query_y, "query");
+  call.support.weight = pointers.read<T>(in.support_weight, "sample_weight", {tasks, call.support.count});
+  if (in.rows) {
+    call.support.batch = int(in.rows->size(-1));
+    call.support.rows = pointers.read<int64_t>(in.rows, "rows", {tasks, settings.steps, call.support.batch});
+  }
+  call.initial = pointers.read<T>(in.initial, "initial", {tasks, flat});
+  call.step_weights = pointers.read<T>(in.step_weights, "step_weights", {settings.steps});
+  call.task_weights = pointers.read<T>(in.task_weights, "task_weights", {tasks});
+  call.flat_adjoint = pointers.read<T>(in.flat_adjoint, "flat_adjoint", {tasks, flat});
+  if (in.prediction_adjoint) call.prediction_adjoint = pointers.read<T>(*in.prediction_adjoint, "prediction_adjoint");
+  for (const at::Tensor& buffer : in.buffers) call.buffers.push_back(pointers.read<T>(buffer, "buffers"));
+  int64_t rates_size = 0;
+  for (int64_t p = 0; p < parameters; ++p) {
+    const int64_t size = graph_.parameters[p].size();
+    if (!in.initial) {
+      TORCH_CHECK_VALUE(in.parameters[p].numel() == size, "parameter ", p, " must have ", size, " values (got ",
+                        in.parameters[p].numel(), ")");
+      call.parameters.push_back(pointers.read<T>(in.parameters[p], "parameters"));
+    }
+    cpu::Rate<T> rate;
+    if (in.rates[p]) {
+      const int64_t steps = in.per_step[p] ? settings.steps : 1, values = in.rates[p]->numel();
+      TORCH_CHECK_VALUE(values == steps || values == steps * size, "the rate of parameter ", p, " must have ", steps,
+                        " or ", steps * size, " values (got ", values, ")");
+      rate = {pointers.read<T>(*in.rates[p], "inner_lr"), in.per_step[p], values == steps * size && size > 1};
+      rates_size += values;
+    }
+    call.rates.push_back(rate);
+    call.wanted.push_back(in.wanted[p]);
+  }
+  int64_t channels = 0;
+  for (const Op& op : graph_.ops)
+    if (op.kind == OpKind::kBatchNorm) channels += graph_.values[op.output].channels;
+
+  std::map<std::string, at::Tensor> result;
+  const auto output = [&](const char* name, T*& target, at::IntArrayRef shape) {
+    if (std::find(outputs.begin(), outputs.end(), name) == outputs.end()) return;
+    target = result.emplace(name, at::zeros(shape, options)).first->second.template mutable_data_ptr<T>();
+  };
+  const auto like = [&](const char* name, T*& target, const OptionalTensor& tensor) {
+    if (tensor) output(name, target, tensor->sizes());
+  };
+  output("flat", call.flat, {tasks, flat});
+  output("mean_displacement", call.mean_displacement, {flat});
+  output("task_losses", call.task_losses, {tasks});
+  output("step_losses", call.step_losses, {tasks, settings.steps});
+  output("accuracy", call.accuracy, {tasks});
+  output("predictions", call.predictions, {tasks, call.query.count, outs});
+  output("statistics", call.statistics, {tasks, 2 * channels});
+  output("grad_parameters", call.grad_parameters, {flat});
+  output("grad_initial", call.grad_initial, {tasks, flat});
+  output("grad_rates", call.grad_rates, {rates_size});
+  like("grad_support_x", call.grad_support_x, in.support_x);
+  like("grad_support_y", call.grad_support_y, in.support_y);
+  like("grad_support_weight", call.grad_support_weight, in.support_weight);
+  like("grad_query_x", call.grad_query_x, in.query_x);
+  like("grad_query_y", call.grad_query_y, in.query_y);
+
+  std::atomic<bool> stopped{false};
+  const cpu::NonFinite failure = engine<T>().run(call, on_torch_threads(poll, stopped));
+  if (stopped) return {};
+  if (failure.task >= 0) {
+    const std::string at_step = failure.step == settings.steps ? ", query" : ", step " + std::to_string(failure.step);
+    throw NonFiniteError{"task " + std::to_string(failure.task) + at_step + ": " + failure.what + " is " +
+                         (std::isnan(failure.value) ? "nan" : "inf")};
+  }
+  return result;
+}
+
+std::map<std::string, at::Tensor> FusedEngine::run(const cpu::Settings& settings, const Inputs& inputs,
+                                                   const std::vector<std::string>& outputs,
+                                                   const std::function<bool()>& poll) {
+  TORCH_CHECK_VALUE(inputs.support_x || inputs.query_x, "a call needs support_x or query_x");
+  const at::Tensor& x = inputs.support_x ? *inputs.support_x : *inputs.query_x;
+  const size_t parameters = graph_.parameters.size();
+  TORCH_CHECK_VALUE(inputs.rates.size() == parameters && inputs.per_step.size() == parameters &&
+                        inputs.wanted.size() == parameters &&
+                        (inputs.initial || inputs.parameters.size() == parameters),
+                    "a call needs a rate, per_step, wanted and value for each of ", parameters, " parameters");
+  if (x.scalar_type() == at::kFloat) return run_cpu<float>(settings, inputs, outputs, poll);
+  if (x.scalar_type() == at::kDouble) return run_cpu<double>(settings, inputs, outputs, poll);
+  TORCH_CHECK_VALUE(false, "support_x must be float32 or float64 (got ", x.scalar_type(), ")");
+}
+
+}  // namespace metaaug
