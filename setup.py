@@ -10,7 +10,7 @@ from setuptools import setup
 try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ModuleNotFoundError:
-    sys.exit("metaaug_fast is built against the torch you run: install torch first, then pip install --no-build-isolation .")
+    sys.exit("metaaug_fast is built against the torch you run: install it, then pip install --no-build-isolation .")
 
 ROOT = Path(__file__).parent
 
@@ -20,11 +20,14 @@ def extension() -> CppExtension:
     debug = os.environ.get("DEBUG", "0") not in ("", "0")
     sources = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.cpp"))]
     headers = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.h"))]
-    # -fopenmp at compile time only: torch's parallel_for is a header, and its OpenMP runtime is already linked to torch.
+    # -fopenmp for the compiler only: torch's parallel_for is a header, and torch has brought an OpenMP runtime already.
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     flags = ["-O0", "-g"] if debug else ["-O3", "-fno-math-errno", "-fno-trapping-math", "-g0"]
     return CppExtension(
-        "metaaug_fast._C", sources, depends=headers, extra_compile_args=[*flags, *openmp, "-Wall", "-fvisibility=hidden"]
+        "metaaug_fast._C",
+        sources,
+        depends=headers,
+        extra_compile_args=[*flags, *openmp, "-Wall", "-fvisibility=hidden"],
     )
 
 

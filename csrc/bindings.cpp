@@ -52,8 +52,10 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<>())
       .def_readwrite("kind", &Op::kind)
       .def_readwrite("output", &Op::output)
-      .def_property("input", nullptr, [](Op& op, std::pair<int, int> v) { op.input[0] = v.first, op.input[1] = v.second; })
-      .def_property("param", nullptr, [](Op& op, std::pair<int, int> v) { op.param[0] = v.first, op.param[1] = v.second; })
+      .def_property("input", nullptr,
+                    [](Op& op, std::pair<int, int> v) { op.input[0] = v.first, op.input[1] = v.second; })
+      .def_property("param", nullptr,
+                    [](Op& op, std::pair<int, int> v) { op.param[0] = v.first, op.param[1] = v.second; })
       .def_property("buffer", nullptr,
                     [](Op& op, std::pair<int, int> v) { op.buffer[0] = v.first, op.buffer[1] = v.second; })
       .def_property("scalar", nullptr,
@@ -71,10 +73,10 @@ PYBIND11_MODULE(_C, m) {
              return Parameter{layout, rows, outputs, inputs, kernel};
            }),
            py::arg("layout"), py::arg("rows"), py::arg("outputs"), py::arg("inputs") = 1, py::arg("kernel") = Pair{});
-  py::class_<Graph>(m, "Graph").def(py::init([](std::vector<Op> ops, std::vector<Shape> values,
-                                                std::vector<Parameter> parameters, int output) {
-    return Graph{std::move(ops), std::move(values), std::move(parameters), output};
-  }));
+  py::class_<Graph>(m, "Graph")
+      .def(py::init([](std::vector<Op> ops, std::vector<Shape> values, std::vector<Parameter> parameters, int output) {
+        return Graph{std::move(ops), std::move(values), std::move(parameters), output};
+      }));
 
   py::class_<cpu::Settings>(m, "Settings")
       .def(py::init<>())

@@ -50,7 +50,7 @@ struct Op {
   int buffer[2] = {-1, -1};  // frozen mean, variance
   Pair kernel, stride, padding{0, 0}, dilation;
   int groups = 1;
-  int site = 0;              // ordinal of a dropout call
+  int site = 0;  // ordinal of a dropout call
   bool count_padding = true;
   double eps = 0;
   double scalar[2] = {0, 0};  // leaky slope | softplus beta, threshold | dropout p
@@ -62,9 +62,9 @@ enum class LayoutKind { kMatrix, kVector, kPicture };
 
 struct Parameter {
   LayoutKind layout = LayoutKind::kVector;
-  int rows = 1;              // > 1: one row for each inner step
+  int rows = 1;  // > 1: one row for each inner step
   int outputs = 0, inputs = 1;
-  Pair kernel;               // kMatrix: taps; kPicture: height, width
+  Pair kernel;  // kMatrix: taps; kPicture: height, width
   int64_t size() const { return int64_t{rows} * outputs * inputs * kernel.y * kernel.x; }
 };
 

@@ -171,9 +171,11 @@ std::map<std::string, at::Tensor> FusedEngine::run_cpu(const cpu::Settings& sett
   const cpu::NonFinite failure = engine<T>().run(call, on_torch_threads(poll, stopped));
   if (stopped) return {};
   if (failure.task >= 0) {
-    const std::string at_step = failure.step == settings.steps ? ", query" : ", step " + std::to_string(failure.step);
-    throw NonFiniteError{"task " + std::to_string(failure.task) + at_step + ": " + failure.what + " is " +
-                         (std::isnan(failure.value) ? "nan" : "inf")};
+    throw NonFiniteError{"task " + std::to_string(failure.task) + (failure.query ? ", query after step " : ", step ") +
+                         std::to_string(failure.step) + ": " + failure.what + " is " +
+                         (std::isnan(failure.value) ? "nan"
+                          : failure.value > 0       ? "inf"
+                                                    : "-inf")};
   }
   return result;
 }

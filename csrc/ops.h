@@ -14,9 +14,9 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 // Tensors of one call, as in cpu::Call; `y` is int64 class ids or floating-point targets.
 struct Inputs {
-  std::vector<at::Tensor> parameters;   // one for each of the graph's; empty with `initial`
+  std::vector<at::Tensor> parameters;  // one for each of the graph's; empty with `initial`
   std::vector<at::Tensor> buffers;
-  std::vector<OptionalTensor> rates;    // one for each parameter, null where it does not move
+  std::vector<OptionalTensor> rates;  // one for each parameter, null where it does not move
   std::vector<bool> per_step, wanted;
   OptionalTensor support_x, support_y, support_weight, rows, initial;
   OptionalTensor query_x, query_y, step_weights, task_weights;
@@ -25,7 +25,7 @@ struct Inputs {
 
 class FusedEngine {
  public:
-  explicit FusedEngine(Graph graph) : graph_(std::move(graph)) {}
+  explicit FusedEngine(Graph graph) : graph_(std::move(graph)) { cpu::check(graph_); }
 
   // Computes the outputs named in `outputs` (the names of cpu::Call). `poll` is called between tasks on the calling
   // thread; true stops the run.

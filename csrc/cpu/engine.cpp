@@ -6,10 +6,10 @@
 
 namespace metaaug {
 
-#define METAAUG_DECLARE(isa)                                               \
-  namespace isa {                                                          \
-  std::unique_ptr<cpu::Engine<float>> make_float(const Graph& graph);      \
-  std::unique_ptr<cpu::Engine<double>> make_double(const Graph& graph);    \
+#define METAAUG_DECLARE(isa)                                            \
+  namespace isa {                                                       \
+  std::unique_ptr<cpu::Engine<float>> make_float(const Graph& graph);   \
+  std::unique_ptr<cpu::Engine<double>> make_double(const Graph& graph); \
   }
 METAAUG_DECLARE(baseline)
 #if defined(__x86_64__)
@@ -40,21 +40,19 @@ std::unique_ptr<Engine<T>> choose(std::unique_ptr<Engine<float>> (*make_float)(c
     return make_double(graph);
 }
 
+}  // namespace
+
 // A parameter that two ops read differently has no one layout.
 void check(const Graph& graph) {
   for (const Op& op : graph.ops)
     for (int i = 0; i < 2; ++i) {
       if (op.param[i] < 0) continue;
       const bool matrix = op.kind == OpKind::kConv2d && i == 0, picture = op.kind == OpKind::kLayerNorm;
-      const LayoutKind wanted = matrix    ? LayoutKind::kMatrix
-                                : picture ? LayoutKind::kPicture
-                                          : LayoutKind::kVector;
+      const LayoutKind wanted = matrix ? LayoutKind::kMatrix : picture ? LayoutKind::kPicture : LayoutKind::kVector;
       if (graph.parameters.at(op.param[i]).layout != wanted)
         throw std::invalid_argument("a parameter is shared by ops that need it in different layouts");
     }
 }
-
-}  // namespace
 
 std::string instruction_set() {
   if (const char* asked = std::getenv("METAAUG_ISA")) {
@@ -71,7 +69,6 @@ std::string instruction_set() {
 
 template <class T>
 std::unique_ptr<Engine<T>> make_engine(const Graph& graph) {
-  check(graph);
   const std::string isa = instruction_set();
 #if defined(__x86_64__)
   if (isa == "avx512") return choose<T>(avx512::make_float, avx512::make_double, graph);

@@ -24,11 +24,11 @@ struct Settings {
 template <class T>
 struct Samples {
   int count = 0;
-  const T* x = nullptr;            // [T, count, C, H, W]
-  const int64_t* ids = nullptr;    // [T, count]
-  const T* values = nullptr;       // [T, count, outputs]
-  const T* weight = nullptr;       // [T, count]
-  const int64_t* rows = nullptr;   // [T, K, batch]: what step k sees
+  const T* x = nullptr;           // [T, count, C, H, W]
+  const int64_t* ids = nullptr;   // [T, count]
+  const T* values = nullptr;      // [T, count, outputs]
+  const T* weight = nullptr;      // [T, count]
+  const int64_t* rows = nullptr;  // [T, K, batch]: what step k sees
   int batch = 0;
 };
 
@@ -45,28 +45,28 @@ template <class T>
 struct Call {
   Settings settings;
   int tasks = 0;
-  std::vector<const T*> parameters;      // theta_0, shared by the tasks
-  const T* initial = nullptr;            // [T, P]: theta_0 of each task instead
-  std::vector<const T*> buffers;         // [C] each: frozen batch-norm means and variances
-  std::vector<Rate<T>> rates;            // one for each parameter
-  std::vector<char> wanted;              // parameters whose gradient is wanted
+  std::vector<const T*> parameters;  // theta_0, shared by the tasks
+  const T* initial = nullptr;        // [T, P]: theta_0 of each task instead
+  std::vector<const T*> buffers;     // [C] each: frozen batch-norm means and variances
+  std::vector<Rate<T>> rates;        // one for each parameter
+  std::vector<char> wanted;          // parameters whose gradient is wanted
   Samples<T> support, query;
-  const T* step_weights = nullptr;       // [K]: weight of the query loss after each step; null: the last alone
-  const T* task_weights = nullptr;       // [T]: dL/d(task loss); null: 1 / T
-  const T* flat_adjoint = nullptr;       // [T, P]: dL/dtheta_K, instead of a query
-  const T* prediction_adjoint = nullptr; // [T, Q, outputs]: dL/dprediction, instead of a query loss
+  const T* step_weights = nullptr;        // [K]: weight of the query loss after each step; null: the last alone
+  const T* task_weights = nullptr;        // [T]: dL/d(task loss); null: 1 / T
+  const T* flat_adjoint = nullptr;        // [T, P]: dL/dtheta_K, instead of a query
+  const T* prediction_adjoint = nullptr;  // [T, Q, outputs]: dL/dprediction, instead of a query loss
 
-  T* flat = nullptr;                     // [T, P]: theta_K
-  T* mean_displacement = nullptr;        // [P]: mean over tasks of theta_K - theta_0
-  T* task_losses = nullptr;              // [T]
-  T* step_losses = nullptr;              // [T, K]: the query loss after each step
-  T* accuracy = nullptr;                 // [T]
-  T* predictions = nullptr;              // [T, Q, outputs]
-  T* statistics = nullptr;               // [T, 2 sum C]: batch mean and unbiased variance of the last query pass
-  T* grad_parameters = nullptr;          // [P], summed over tasks
-  T* grad_initial = nullptr;             // [T, P]
-  T* grad_rates = nullptr;               // the rates' values in order of parameters, summed over tasks
-  T* grad_support_x = nullptr;           // as support.x; added to, like the four below: pass zeros
+  T* flat = nullptr;               // [T, P]: theta_K
+  T* mean_displacement = nullptr;  // [P]: mean over tasks of theta_K - theta_0
+  T* task_losses = nullptr;        // [T]
+  T* step_losses = nullptr;        // [T, K]: the query loss after each step
+  T* accuracy = nullptr;           // [T]
+  T* predictions = nullptr;        // [T, Q, outputs]
+  T* statistics = nullptr;         // [T, 2 sum C]: batch mean and unbiased variance of the last query pass
+  T* grad_parameters = nullptr;    // [P], summed over tasks
+  T* grad_initial = nullptr;       // [T, P]
+  T* grad_rates = nullptr;         // the rates' values in order of parameters, summed over tasks
+  T* grad_support_x = nullptr;     // as support.x; added to, like the four below: pass zeros
   T* grad_support_y = nullptr;
   T* grad_support_weight = nullptr;
   T* grad_query_x = nullptr;
@@ -78,9 +78,10 @@ struct Call {
   }
 };
 
-// The first task in which NaN or infinity arose, if any; step `steps` is the query pass.
+// The first task in which NaN or infinity arose, if any, and at which step (or query pass after so many steps).
 struct NonFinite {
   int task = -1, step = 0;
+  bool query = false;
   const char* what = "";
   double value = 0;
 };
@@ -95,11 +96,14 @@ template <class T>
 class Engine {
  public:
   virtual ~Engine() = default;
-  // Not re-entrant: calls on one engine take turns.
+  // Not re-entrant: calls on one engine take turns. Throws std::invalid_argument where the graph cannot take so few
+  // samples.
   virtual NonFinite run(const Call<T>& call, const Parallel& parallel) = 0;
 };
 
 // Throws std::invalid_argument where the graph cannot be run.
+void check(const Graph& graph);
+
 template <class T>
 std::unique_ptr<Engine<T>> make_engine(const Graph& graph);
 

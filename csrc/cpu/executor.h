@@ -66,8 +66,8 @@ class Executor final : public cpu::Engine<T> {
     const std::lock_guard<std::mutex> lock(mutex_);
     const Plan plan = prepare(call);
     const int groups = std::min(call.tasks, kGroups);
-    const int64_t group_size = (call.grad_parameters || call.mean_displacement ? packing_.size() : 0) +
-                               (call.grad_rates ? rates_size_ : 0);
+    const int64_t group_size =
+        (call.grad_parameters || call.mean_displacement ? packing_.size() : 0) + (call.grad_rates ? rates_size_ : 0);
     sums_.assign(groups * group_size, T(0));
     failures_.assign(groups, NonFinite());
     if (int(arenas_.size()) < parallel.workers) arenas_.resize(parallel.workers);

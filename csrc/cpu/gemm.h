@@ -136,12 +136,18 @@ inline void with_rows(int rows, const Body& body) {
   constexpr std::integral_constant<int, kVectors> vectors;
   static_assert(kTileRows == 6);
   switch (rows) {
-    case 1: return body(std::integral_constant<int, 1>(), vectors);
-    case 2: return body(std::integral_constant<int, 2>(), vectors);
-    case 3: return body(std::integral_constant<int, 3>(), vectors);
-    case 4: return body(std::integral_constant<int, 4>(), vectors);
-    case 5: return body(std::integral_constant<int, 5>(), vectors);
-    default: return body(std::integral_constant<int, 6>(), vectors);
+    case 1:
+      return body(std::integral_constant<int, 1>(), vectors);
+    case 2:
+      return body(std::integral_constant<int, 2>(), vectors);
+    case 3:
+      return body(std::integral_constant<int, 3>(), vectors);
+    case 4:
+      return body(std::integral_constant<int, 4>(), vectors);
+    case 5:
+      return body(std::integral_constant<int, 5>(), vectors);
+    default:
+      return body(std::integral_constant<int, 6>(), vectors);
   }
 }
 
@@ -168,8 +174,8 @@ inline void each_tile(int count, const Body& body) {
 
 // C (+)= bias + sum of products over the plan's runs; `matrix` is the shape of every product's B.
 template <class T>
-void gather(const GatherPlan& plan, const Panels<T>& matrix, const Product<T>* products, int terms, const T* bias,
-            T* c, bool accumulate) {
+void gather(const GatherPlan& plan, const Panels<T>& matrix, const Product<T>* products, int terms, const T* bias, T* c,
+            bool accumulate) {
   for (int p = 0; p < matrix.count(); ++p) {
     const int64_t column = int64_t{p} * Panels<T>::kColumns;
     for (const Run& run : plan.runs) {
@@ -177,8 +183,8 @@ void gather(const GatherPlan& plan, const Panels<T>& matrix, const Product<T>* p
         with_tile(rows, matrix.width(p) / Simd<T>::kWidth, [&](auto rows_, auto vectors_) {
           gather_tile<T, decltype(rows_)::value, decltype(vectors_)::value>(
               plan.segments.data() + run.first_segment, run.segments, products, terms, run.a0 + first * run.a_stride,
-              run.a_stride, matrix.start(p), bias ? bias + column : nullptr,
-              c + run.c0 + first * run.c_stride + column, run.c_stride, accumulate);
+              run.a_stride, matrix.start(p), bias ? bias + column : nullptr, c + run.c0 + first * run.c_stride + column,
+              run.c_stride, accumulate);
         });
       });
     }
@@ -196,8 +202,8 @@ void outer(const OuterPlan& plan, const Panels<T>& matrix, const Product<T>* pro
       each_tile(inputs, [&](int first, int rows) {
         T* out = c + matrix.start(p) + (int64_t(tap) * inputs + first) * width;
         with_tile(rows, width / Simd<T>::kWidth, [&](auto rows_, auto vectors_) {
-          outer_tile<T, decltype(rows_)::value, decltype(vectors_)::value>(
-              plan, plan.taps[tap], products, terms, first, int64_t{p} * Panels<T>::kColumns, out);
+          outer_tile<T, decltype(rows_)::value, decltype(vectors_)::value>(plan, plan.taps[tap], products, terms, first,
+                                                                           int64_t{p} * Panels<T>::kColumns, out);
         });
       });
     }

@@ -39,8 +39,9 @@ T share(const LossPlan<T>& plan, const Targets<T>& y, int n) {
   return weight / T(plan.kind == LossKind::kCrossEntropy ? plan.images : int64_t{plan.images} * plan.classes);
 }
 
-// Returns the mean loss; cross entropy keeps its probabilities in `saved` [images, classes] for the tangent. dz (may be null) gets `scale` times its gradient; dy `[samples, C]` (may be null) has
-// `scale` times the gradient with respect to float targets added to it.
+// Returns the mean loss; cross entropy keeps its probabilities in `saved` [images, classes] for the tangent. dz (may be
+// null) gets `scale` times its gradient; dy `[samples, C]` (may be null) has `scale` times the gradient with respect to
+// float targets added to it.
 template <class T>
 T loss_forward(const LossPlan<T>& plan, const Targets<T>& y, const T* z, T scale, T* saved, T* dz, T* dy) {
   T total = 0;

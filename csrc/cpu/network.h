@@ -1,6 +1,8 @@
 // A graph planned for a number of samples: storage, index lists, and which adjoints each pass needs.
 #pragma once
 
+#include <stdexcept>
+
 #include "loss.h"
 #include "ops/activation.h"
 #include "ops/batch_norm.h"
@@ -27,7 +29,8 @@ template <class T>
 OpFunctions<T> functions(OpKind kind) {
   switch (kind) {
     case OpKind::kConv2d:
-      return {conv2d::plan<T>, conv2d::forward<T>, conv2d::backward<T>, conv2d::tangent<T>, conv2d::tangent_backward<T>};
+      return {conv2d::plan<T>, conv2d::forward<T>, conv2d::backward<T>, conv2d::tangent<T>,
+              conv2d::tangent_backward<T>};
     case OpKind::kBatchNorm:
       return {batch_norm::plan<T>, batch_norm::forward<T>, batch_norm::backward<T>, batch_norm::tangent<T>,
               batch_norm::tangent_backward<T>};
@@ -35,19 +38,32 @@ OpFunctions<T> functions(OpKind kind) {
     case OpKind::kGroupNorm:
       return {group_norm::plan<T>, group_norm::forward<T>, group_norm::backward<T>, group_norm::tangent<T>,
               group_norm::tangent_backward<T>};
-    case OpKind::kRelu: return activation_functions<T, Relu>();
-    case OpKind::kLeakyRelu: return activation_functions<T, LeakyRelu>();
-    case OpKind::kGelu: return activation_functions<T, Gelu>();
-    case OpKind::kGeluTanh: return activation_functions<T, GeluTanh>();
-    case OpKind::kTanh: return activation_functions<T, Tanh>();
-    case OpKind::kSigmoid: return activation_functions<T, Sigmoid>();
-    case OpKind::kSoftplus: return activation_functions<T, Softplus>();
-    case OpKind::kMaxPool: return linear_map_functions<T, MaxPool<T>>();
-    case OpKind::kAvgPool: return linear_map_functions<T, AvgPool<T>>();
-    case OpKind::kMeanPool: return linear_map_functions<T, MeanPool<T>>();
-    case OpKind::kFlatten: return linear_map_functions<T, Flatten<T>>();
-    case OpKind::kAdd: return linear_map_functions<T, Add<T>>();
-    case OpKind::kDropout: return linear_map_functions<T, Dropout<T>>();
+    case OpKind::kRelu:
+      return activation_functions<T, Relu>();
+    case OpKind::kLeakyRelu:
+      return activation_functions<T, LeakyRelu>();
+    case OpKind::kGelu:
+      return activation_functions<T, Gelu>();
+    case OpKind::kGeluTanh:
+      return activation_functions<T, GeluTanh>();
+    case OpKind::kTanh:
+      return activation_functions<T, Tanh>();
+    case OpKind::kSigmoid:
+      return activation_functions<T, Sigmoid>();
+    case OpKind::kSoftplus:
+      return activation_functions<T, Softplus>();
+    case OpKind::kMaxPool:
+      return linear_map_functions<T, MaxPool<T>>();
+    case OpKind::kAvgPool:
+      return linear_map_functions<T, AvgPool<T>>();
+    case OpKind::kMeanPool:
+      return linear_map_functions<T, MeanPool<T>>();
+    case OpKind::kFlatten:
+      return linear_map_functions<T, Flatten<T>>();
+    case OpKind::kAdd:
+      return linear_map_functions<T, Add<T>>();
+    case OpKind::kDropout:
+      return linear_map_functions<T, Dropout<T>>();
   }
   return {};
 }
@@ -73,9 +89,9 @@ struct Network {
   std::vector<OpFunctions<T>> functions;
   std::vector<int64_t> value_at, saved_at, saved_tangent_at;  // value 0's offset counts in the adjoints alone
   int64_t values_size = 0, saved_size = 0, saved_tangent_size = 0, scratch_size = 0, input_size = 0;
-  std::vector<char> adapted;         // parameters that move in the inner loop
-  std::vector<char> moves;           // values that depend on one of them
-  std::vector<Wants> inner, outer;   // towards adapted parameters; towards all wanted ones, and maybe the input
+  std::vector<char> adapted;        // parameters that move in the inner loop
+  std::vector<char> moves;          // values that depend on one of them
+  std::vector<Wants> inner, outer;  // towards adapted parameters; towards all wanted ones, and maybe the input
   LossPlan<T> loss;
 
   Network(const Graph& g, int images, const std::vector<char>& adapted, const std::vector<char>& wanted,
@@ -126,6 +142,8 @@ struct Network {
       for (int i = 0; i < 2; ++i)
         if (op.input[i] >= 0) plan.in[i] = values[op.input[i]];
       plan.out = values[op.output];
+      if (op.kind == OpKind::kBatchNorm && op.buffer[0] < 0 && plan.rows() < 2)
+        throw std::invalid_argument("batch norm needs at least 2 values a channel (got 1 sample of 1 pixel)");
       plan.in_place = in_place(op);
       functions.push_back(METAAUG_ISA::functions<T>(op.kind));
       functions.back().plan(plan);

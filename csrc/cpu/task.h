@@ -69,9 +69,7 @@ struct Executor<T>::Worker {
   T* direction(int k) const { return plan.keep_directions ? directions + k * size : directions; }
   const Frame<T>& slot(int k) const { return slots[k % slots.size()]; }
   bool kept(int k) const { return k >= steps - int(slots.size()); }
-  Pass pass(int index, int row) const {
-    return {row, call.settings.seed, uint32_t(task), uint32_t(index)};
-  }
+  Pass pass(int index, int row) const { return {row, call.settings.seed, uint32_t(task), uint32_t(index)}; }
   Passes<T> passes(const Network<T>& net) const { return {net, packing, engine.constants_.data(), scratch}; }
 
   void lay_out(Arena<T>& arena, bool measuring) {
@@ -186,10 +184,19 @@ struct Executor<T>::Worker {
 
   T* probabilities(const Network<T>& net, const Frame<T>& frame) const { return frame.saved + net.saved_size; }
 
-  bool finite(T value, int step, const char* what) {
+  bool finite(T value, int step, bool query, const char* what) {
     if (std::isfinite(value)) return true;
-    if (failure.task < 0) failure = {task, step, what, double(value)};
+    if (failure.task < 0) failure = {task, step, query, what, double(value)};
     return false;
+  }
+
+  // `poison` sums up 0 * every value, which is 0 unless one of them is not finite.
+  bool finite(Vector poison, const T* values, int step, const char* what) {
+    T sum_of_poison = 0;
+    for (int i = 0; i < S::kWidth; ++i) sum_of_poison += poison[i];
+    if (sum_of_poison == T(0)) return true;
+    const T* bad = std::find_if(values, values + size, [](T value) { return !std::isfinite(value); });
+    return finite(*bad, step, false, what);
   }
 
   // Activations and adjoints of step k at theta_k; `grad` may be null.
@@ -209,7 +216,7 @@ struct Executor<T>::Worker {
 
   void step(int k) {
     std::fill(gradient, gradient + size, T(0));
-    if (!finite(evaluate(k, gradient), k, "support loss")) return;
+    if (!finite(evaluate(k, gradient), k, false, "loss")) return;
     const Settings& s = call.settings;
     const T *from = theta(k), *m_from = direction(k > 0 ? k - 1 : 0);
     T *to = theta(k + 1), *m_to = direction(k);
@@ -239,16 +246,17 @@ struct Executor<T>::Worker {
         S::store(to + i, next);
       }
     }
-    T sum_of_poison = 0;
-    for (int i = 0; i < S::kWidth; ++i) sum_of_poison += poison[i];
-    finite(sum_of_poison, k, "updated weights");
+    finite(poison, to, k, "an adapted weight");
   }
 
   // Bias-corrected ratio of moments (Kingma and Ba 2015).
   struct Adam {
     T beta1, beta2, eps, correction1, correction2;
     Adam(const Settings& s, int k)
-        : beta1(T(s.beta1)), beta2(T(s.beta2)), eps(T(s.eps)), correction1(T(1 / (1 - std::pow(s.beta1, k + 1)))),
+        : beta1(T(s.beta1)),
+          beta2(T(s.beta2)),
+          eps(T(s.eps)),
+          correction1(T(1 / (1 - std::pow(s.beta1, k + 1)))),
           correction2(T(1 / (1 - std::pow(s.beta2, k + 1)))) {}
     Vector operator()(Vector g, T* first, T* second) const {
       const Vector m = beta1 * S::load(first) + (T(1) - beta1) * g;
@@ -288,16 +296,16 @@ struct Executor<T>::Worker {
     } else if (call.query.ids || call.query.values) {
       const T scale = weight * (call.task_weights ? call.task_weights[task] : T(1) / T(call.tasks));
       T* dy = call.grad_query_y ? call.grad_query_y + first * outputs : nullptr;
-      const T value = loss_forward(loss(net), targets(call.query, nullptr), z, scale, probabilities(net, query), dz, dy);
-      if (!finite(value, k, "query loss")) return;
+      const T value =
+          loss_forward(loss(net), targets(call.query, nullptr), z, scale, probabilities(net, query), dz, dy);
+      if (!finite(value, k, true, "loss")) return;
       if (call.step_losses && k > 0) call.step_losses[int64_t{task} * steps + k - 1] = value;
       if (call.task_losses) call.task_losses[task] += weight * value;
       if (is_last && call.accuracy) call.accuracy[task] = accuracy(loss(net), targets(call.query, nullptr), z);
     }
     if (!grad) return;
     run.backward(query, theta(k), query_pass, net.outer, grad);
-    if (call.grad_query_x)
-      add_input_adjoint(net, call.query, nullptr, net.adjoint(query, 0), call.grad_query_x);
+    if (call.grad_query_x) add_input_adjoint(net, call.query, nullptr, net.adjoint(query, 0), call.grad_query_x);
   }
 
   // Batch mean and unbiased variance of every batch norm of the pass, in order of ops.
@@ -364,14 +372,13 @@ struct Executor<T>::Worker {
                  call.grad_support_y ? call.grad_support_y + first * outputs : nullptr,
                  call.grad_support_weight ? call.grad_support_weight + first : nullptr);
     run.tangent_backward(frame, tangents, theta(k), tangent, pass(2 * k, k), adjoint);
-    if (call.grad_support_x)
-      add_input_adjoint(net, call.support, rows, net.adjoint(tangents, 0), call.grad_support_x);
+    if (call.grad_support_x) add_input_adjoint(net, call.support, rows, net.adjoint(tangents, 0), call.grad_support_x);
   }
 
   void finish() {
-    T total = 0;
-    for (int64_t i = 0; i < size; ++i) total += adjoint[i] * T(0);
-    if (!finite(total, 0, "meta-gradient")) return;
+    Vector poison{};
+    for (int64_t i = 0; i < size; i += S::kWidth) poison += S::load(adjoint + i) * T(0);
+    if (!finite(poison, adjoint, 0, "the meta-gradient")) return;
     if (call.grad_parameters)
       for (int64_t i = 0; i < size; ++i) sum[i] += adjoint[i];
     if (call.grad_initial) packing.unpack_all(adjoint, call.grad_initial + task * packing.flat_size());

@@ -6,6 +6,8 @@
 namespace metaaug::METAAUG_ISA {
 
 std::unique_ptr<cpu::Engine<float>> make_float(const Graph& graph) { return std::make_unique<Executor<float>>(graph); }
-std::unique_ptr<cpu::Engine<double>> make_double(const Graph& graph) { return std::make_unique<Executor<double>>(graph); }
+std::unique_ptr<cpu::Engine<double>> make_double(const Graph& graph) {
+  return std::make_unique<Executor<double>>(graph);
+}
 
 }  // namespace metaaug::METAAUG_ISA

@@ -165,8 +165,8 @@ void tangent_backward(const OpCall<T>& call) {
   each_block<T>(stride, [&](int64_t channel, auto vectors) {
     constexpr int kVectors = decltype(vectors)::value;
     const Block<T, kVectors> mean(call.saved, channel, T(0)), r(call.saved + stride, channel, T(0)),
-        gamma(call.p[0], channel, T(1)), gamma_t(call.p_t[0], channel, T(0)),
-        mean_t(call.saved_tangent, channel, T(0)), q(call.saved_tangent + stride, channel, T(0));
+        gamma(call.p[0], channel, T(1)), gamma_t(call.p_t[0], channel, T(0)), mean_t(call.saved_tangent, channel, T(0)),
+        q(call.saved_tangent + stride, channel, T(0));
     const auto xh_at = [&](int64_t at, int j) { return (S::load(call.x[0] + at) - mean[j]) * r[j]; };
     const auto xh_t_at = [&](int64_t at, Vector xh, int j) {
       return call.x_t[0] ? r[j] * (S::load(call.x_t[0] + at) - mean_t[j] - xh * q[j]) : Vector{};

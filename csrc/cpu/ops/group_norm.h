@@ -105,8 +105,8 @@ void tangent(const OpCall<T>& call) {
     visit([&](int64_t i, int64_t a) {
       const T xh = (call.x[0][i] - mean) * r;
       const T xh_t = call.x_t[0] ? r * (call.x_t[0][i] - mean_t - xh * q) : T(0);
-      call.y_t[i] = value_or(call.p_t[0], a, T(0)) * xh + value_or(call.p[0], a, T(1)) * xh_t +
-                    value_or(call.p_t[1], a, T(0));
+      call.y_t[i] =
+          value_or(call.p_t[0], a, T(0)) * xh + value_or(call.p[0], a, T(1)) * xh_t + value_or(call.p_t[1], a, T(0));
     });
   });
 }
@@ -119,9 +119,7 @@ void tangent_backward(const OpCall<T>& call) {
     const T mean = call.saved[2 * set], r = call.saved[2 * set + 1];
     const T mean_t = call.saved_tangent[2 * set], q = call.saved_tangent[2 * set + 1], r_t = -r * r * q;
     const auto xh_at = [&](int64_t i) { return (call.x[0][i] - mean) * r; };
-    const auto xh_t_at = [&](int64_t i) {
-      return call.x_t[0] ? r * (call.x_t[0][i] - mean_t - xh_at(i) * q) : T(0);
-    };
+    const auto xh_t_at = [&](int64_t i) { return call.x_t[0] ? r * (call.x_t[0][i] - mean_t - xh_at(i) * q) : T(0); };
     const auto h_t_at = [&](int64_t i, int64_t a) {
       return value_or(call.p_t[0], a, T(0)) * call.dy[i] + value_or(call.p[0], a, T(1)) * call.dy_t[i];
     };

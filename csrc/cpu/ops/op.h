@@ -52,7 +52,7 @@ struct OpCall {
   T* saved = nullptr;          // written by forward, kept for the step
   T* saved_tangent = nullptr;  // written by tangent, read by tangent_backward
   T* scratch = nullptr;
-  uint32_t key = 0;            // dropout
+  uint32_t key = 0;  // dropout
 
   bool moves() const { return x_t[0] || x_t[1] || p_t[0] || p_t[1]; }
 };
@@ -77,7 +77,8 @@ template <class T, class Body>
 inline void each_block(int64_t stride, const Body& body) {
   constexpr int kLine = METAAUG_VECTOR_BYTES >= 64 ? 1 : 64 / METAAUG_VECTOR_BYTES, kWidth = Simd<T>::kWidth;
   int64_t channel = 0;
-  for (; channel + kLine * kWidth <= stride; channel += kLine * kWidth) body(channel, std::integral_constant<int, kLine>());
+  for (; channel + kLine * kWidth <= stride; channel += kLine * kWidth)
+    body(channel, std::integral_constant<int, kLine>());
   for (; channel < stride; channel += kWidth) body(channel, std::integral_constant<int, 1>());
 }
 
