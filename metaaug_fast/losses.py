@@ -1,0 +1,76 @@
+"""The losses of the inner and the outer loop, written in plain torch: means over the samples of one task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOSSES = ("cross_entropy", "mse", "bce")
+Loss = str | Callable[[Tensor, Tensor], Tensor]
+
+
+def check_loss(loss: Loss) -> None:
+    """Raise ValueError unless `loss` is callable or one of `LOSSES`."""
+    if not callable(loss) and loss not in LOSSES:
+        raise ValueError(f"loss must be callable or one of {', '.join(LOSSES)} (got {loss!r})")
+
+
+def sample_losses(loss: str, prediction: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Loss of each sample, `[N]`, from a prediction `[N, ...]`.
+
+    cross_entropy: `-sum_c y_c log softmax(z)_c`, y class ids `[N]` or probabilities `[N, C]`, smoothed as
+    `(1 - s) y + s / C`. mse and bce: means over a sample's elements.
+    """
+    if loss == "cross_entropy":
+        return F.cross_entropy(prediction, target, reduction="none", label_smoothing=label_smoothing)
+    each = F.mse_loss if loss == "mse" else F.binary_cross_entropy_with_logits
+    return each(prediction, target.to(prediction.dtype), reduction="none").reshape(len(prediction), -1).mean(1)
+
+
+def task_loss(
+    loss: Loss, prediction: Tensor, target: Tensor, weight: Tensor | None = None, label_smoothing: float = 0.0
+) -> Tensor:
+    """Mean loss of one task's samples; with sample weights `w`, `sum_i w_i loss_i / N`."""
+    if callable(loss):
+        return loss(prediction, target)
+    each = sample_losses(loss, prediction, target, label_smoothing)
+    return (each if weight is None else each * weight).mean()
+
+
+def accuracy(prediction: Tensor, target: Tensor) -> Tensor:
+    """Share of samples, over dimension -2 of logits `[..., N, C]`, whose largest logit is the target's class."""
+    classes = target if target.dtype == torch.int64 else target.argmax(-1)
+    return (prediction.argmax(-1) == classes).to(prediction.dtype).mean(-1)
+
+
+def check_targets(name: str, loss: Loss, target: Tensor, output_shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless `[T, N, ...]` targets fit a model whose output per sample is `output_shape`."""
+    if callable(loss):
+        return
+    if loss == "cross_entropy":
+        if len(output_shape) != 1:
+            raise ValueError(f"cross_entropy needs a model output [N, classes] (got {tuple(output_shape)} per sample)")
+        classes = output_shape[0]
+        if target.is_floating_point():
+            if target.shape[2:] != (classes,):
+                raise ValueError(
+                    f"{name} as probabilities must be [T, N, {classes}] (got shape {tuple(target.shape)}); "
+                    "class ids must be int64"
+                )
+            return
+        if target.dtype != torch.int64:
+            raise ValueError(f"{name} as class ids must be int64 (got {target.dtype})")
+        if target.ndim != 2:
+            raise ValueError(f"{name} as class ids must be [T, N] (got shape {tuple(target.shape)})")
+        low, high = (int(value) for value in torch.aminmax(target))
+        if low < 0 or high >= classes:
+            raise ValueError(f"{name} must hold class ids 0..{classes - 1} (got {low if low < 0 else high})")
+        return
+    if target.shape[2:] != tuple(output_shape):
+        got = tuple(target.shape[2:])
+        raise ValueError(f"{name} must have the model's output shape {tuple(output_shape)} per sample (got {got})")
+    if not target.is_floating_point():
+        raise ValueError(f"{name} must be floating point for the loss {loss!r} (got {target.dtype})")

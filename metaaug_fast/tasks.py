@@ -1,0 +1,93 @@
+"""A batch of few-shot tasks: the one shape in which data reach every learner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FLOATS = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class TaskBatch:
+    """T tasks, each with a support set to adapt on and a query set to be judged on.
+
+    Args:
+        support_x: inputs, `[T, S, ...]`, float32 or float64.
+        support_y: class ids `[T, S]` (int64, `0..ways-1` within a task), probabilities `[T, S, C]`, or
+            regression targets of the shape of the model's output.
+        query_x: inputs, `[T, Q, ...]`, with the trailing shape and dtype of `support_x`.
+        query_y: targets as `support_y`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together, or a set is empty.
+
+    >>> import torch
+    >>> batch = TaskBatch(torch.zeros(4, 5, 1), torch.zeros(4, 5, 1), torch.zeros(4, 10, 1), torch.zeros(4, 10, 1))
+    >>> batch.tasks
+    4
+    """
+
+    support_x: Tensor
+    support_y: Tensor
+    query_x: Tensor
+    query_y: Tensor
+
+    def __post_init__(self) -> None:
+        check_samples("support", self.support_x, self.support_y)
+        check_samples("query", self.query_x, self.query_y, tasks=self.tasks)
+        if self.query_x.shape[2:] != self.support_x.shape[2:]:
+            raise ValueError(
+                "query_x must have the sample shape of support_x "
+                f"(got {tuple(self.query_x.shape[2:])} and {tuple(self.support_x.shape[2:])})"
+            )
+        if self.query_x.dtype != self.support_x.dtype:
+            raise ValueError(
+                f"query_x must have the dtype of support_x (got {self.query_x.dtype}, {self.support_x.dtype})"
+            )
+        if self.query_x.device != self.support_x.device:
+            raise ValueError(
+                f"query_x must be on the device of support_x (got {self.query_x.device}, {self.support_x.device})"
+            )
+
+    @property
+    def tasks(self) -> int:
+        """The number of tasks, T."""
+        return self.support_x.shape[0]
+
+    def to(self, *args: Any, **kwargs: Any) -> TaskBatch:
+        """The batch on another device; a dtype applies to inputs and to floating-point targets."""
+        moved = [
+            value.to(*args, **kwargs) if value.is_floating_point() else value.to(_device_of(args, kwargs, value))
+            for value in (self.support_x, self.support_y, self.query_x, self.query_y)
+        ]
+        return TaskBatch(*moved)
+
+
+def check_samples(name: str, x: Tensor, y: Tensor, tasks: int | None = None) -> None:
+    """Raise ValueError unless `x` is `[T, N, ...]` and `y` its `[T, N, ...]` targets."""
+    if x.ndim < 2:
+        raise ValueError(f"{name}_x must be [tasks, samples, ...] (got shape {tuple(x.shape)})")
+    if tasks is not None and x.shape[0] != tasks:
+        raise ValueError(f"{name}_x must have as many tasks as support_x (got {x.shape[0]}, {tasks})")
+    if x.shape[0] == 0:
+        raise ValueError(f"{name}_x must hold at least one task (got shape {tuple(x.shape)})")
+    if x.shape[1] == 0:
+        raise ValueError(f"{name}_x must hold at least one sample a task (got shape {tuple(x.shape)})")
+    if x.dtype not in _FLOATS and not (x.is_floating_point() and x.is_cuda):
+        raise ValueError(f"{name}_x must be float32 or float64 on the CPU (got {x.dtype})")
+    if y.shape[:2] != x.shape[:2]:
+        raise ValueError(
+            f"{name}_y must have the tasks and samples of {name}_x (got {tuple(y.shape[:2])}, {tuple(x.shape[:2])})"
+        )
+    if y.device != x.device:
+        raise ValueError(f"{name}_y must be on the device of {name}_x (got {y.device}, {x.device})")
+
+
+def _device_of(args: tuple, kwargs: dict, value: Tensor) -> torch.device:
+    """The device that `Tensor.to(*args, **kwargs)` names, or the value's own."""
+    device = torch._C._nn._parse_to(*args, **kwargs)[0]
+    return value.device if device is None else device
