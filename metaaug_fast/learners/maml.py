@@ -1,0 +1,155 @@
+"""MAML and first-order MAML (Finn, Abbeel, Levine 2017, arXiv 1703.03400, algorithm 2), with options of MAML++."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..inner_loop import meta_loss
+from ..losses import Loss
+from ..problem import NORMS, InnerProblem, LearningRate, MetaOutput, Query, Support, inner_problem
+from ..tasks import TaskBatch
+from .base import Learner
+
+
+class MAML(Learner):
+    """Learn weights theta from which a few gradient steps solve a new task.
+
+        theta_i = theta - inner_lr * grad loss(theta; support of task i)        inner_steps times
+        minimise the mean over tasks of loss(theta_i; query of task i)          with any torch optimizer
+
+    `maml.parameters()` are the model's, the learned rates `inner_lr` and the affines `per_step`.
+
+    Args:
+        model: any module; its parameters are the meta-parameters.
+        inner_lr: a number, one for each step `[K]`, or a mapping by name: see `inner_loop`.
+        inner_steps: K.
+        first_order: take inner gradients for constants (FOMAML). May be changed at any time.
+        loss, adapt, label_smoothing, momentum, weight_decay, backend, task_chunk: see `inner_loop`.
+        learn_inner_lr: make `inner_lr` a parameter, in the form in which it is given.
+        batch_norm: "batch", "running", "frozen" (see `inner_loop`), or "per_step" as in MAML++ (Antoniou et al. 2018,
+            arXiv 1810.09502): "batch" with affines of their own for each step, `[K, C]`. These are meta-parameters
+            that do not adapt, and the model's own affines are frozen: nothing reads them any more.
+
+    Raises:
+        ValueError: an argument is out of range, or nothing adapts.
+
+    >>> import torch, metaaug_fast as mf
+    >>> maml = mf.MAML(mf.models.mlp([1, 40, 40, 1]), inner_lr=0.01, loss="mse")
+    >>> optimizer = torch.optim.Adam(maml.parameters(), lr=1e-3)
+    >>> tasks = mf.TaskBatch(*(torch.randn(25, 10, 1) for _ in range(4)))
+    >>> out = maml(tasks)
+    >>> out.loss.backward()
+    >>> optimizer.step()
+    >>> out.task_losses.shape
+    torch.Size([25])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inner_lr: LearningRate = 0.4,
+        inner_steps: int = 1,
+        first_order: bool = False,
+        loss: Loss = "cross_entropy",
+        adapt: str | Iterable[str] | None = None,
+        learn_inner_lr: bool = False,
+        batch_norm: str = "batch",
+        backend: str = "auto",
+        *,
+        label_smoothing: float = 0.0,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        task_chunk: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.inner_lr: LearningRate | nn.ParameterDict = inner_lr
+        self.inner_steps = inner_steps
+        self.first_order = first_order
+        self.loss = loss
+        self.adapted = adapt if adapt is None or isinstance(adapt, str) else tuple(adapt)
+        self.batch_norm = batch_norm
+        self.backend = backend
+        self.label_smoothing = label_smoothing
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.task_chunk = task_chunk
+        self.per_step = nn.ParameterDict(_affines_per_step(model, inner_steps) if batch_norm == "per_step" else {})
+        rates = self.problem().rates
+        if learn_inner_lr and isinstance(inner_lr, Mapping):
+            self.inner_lr = nn.ParameterDict({_key(name): _parameter(rate.value) for name, rate in rates.items()})
+        elif learn_inner_lr:
+            self.inner_lr = _parameter(next(iter(rates.values())).value)
+        for key in self.per_step:
+            model.get_parameter(_name(key)).requires_grad_(False)
+
+    def forward(self, tasks: TaskBatch, step_weights: Tensor | None = None, steps: int | None = None) -> MetaOutput:
+        """Adapt to every task's support set and judge the result on its query set.
+
+        Args:
+            step_weights: `[K]`, weights of the query losses after each step (MAML++); None: the last step's loss.
+            steps: another K than `inner_steps`, for evaluation.
+
+        Raises:
+            ValueError: the tasks do not fit the model. NonFiniteError: NaN or infinity arose; names task and step.
+        """
+        support = Support(tasks.support_x, tasks.support_y)
+        query = Query(tasks.query_x, tasks.query_y, step_weights)
+        return meta_loss(self.problem(steps), support, query, self.backend)
+
+    def _inner_problem(self) -> InnerProblem:
+        lr: Any = self.inner_lr
+        if isinstance(lr, nn.ParameterDict):
+            lr = {_name(key): value for key, value in lr.items()}
+        dtype = next(self.model.parameters(), torch.empty(0)).dtype
+        for rate in lr.values() if isinstance(lr, Mapping) else [lr]:
+            if isinstance(rate, nn.Parameter) and rate.dtype != dtype:  # a copy would not follow the optimizer
+                raise ValueError(
+                    f"inner_lr must have the model's dtype {dtype} (got {rate.dtype}): convert the learner"
+                )
+        return inner_problem(
+            self.model,
+            lr,
+            self.inner_steps,
+            loss=self.loss,
+            label_smoothing=self.label_smoothing,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            adapt=self.adapted,
+            first_order=self.first_order,
+            batch_norm=self.batch_norm,
+            parameters={_name(key): value for key, value in self.per_step.items()},
+            task_chunk=self.task_chunk,
+        )
+
+
+def _affines_per_step(model: nn.Module, steps: int) -> dict[str, nn.Parameter]:
+    """A copy for each step, `[K, C]`, of the weight and bias of every batch norm."""
+    affines = {
+        _key(name): _parameter(value.expand(max(steps, 1), -1))
+        for path, norm in model.named_modules()
+        if isinstance(norm, NORMS)
+        for name, value in norm.named_parameters(path, recurse=False)
+    }
+    if not affines:
+        raise ValueError(
+            f"batch_norm='per_step' needs a batch norm with an affine (got none in {type(model).__name__})"
+        )
+    return affines
+
+
+def _parameter(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format))
+
+
+def _key(name: str) -> str:
+    """A parameter's name as `nn.ParameterDict` takes it, without dots."""
+    return name.replace(".", "/")
+
+
+def _name(key: str) -> str:
+    return key.replace("/", ".")
