@@ -1,0 +1,77 @@
+# Every target does its own set-up: `make test` and `make demo` work in a fresh clone.
+#   make PYTHON=python3.12           another interpreter
+#   make TORCH="torch==2.13.0+cpu"   another build of torch (PIP_INDEX_URL and its like are pip's own)
+
+VENV   ?= .venv
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+NATIVE  := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CUDA    := $(filter %.cu,$(NATIVE))
+SOURCES := $(wildcard setup.py pyproject.toml) $(filter csrc/%,$(NATIVE))
+
+.PHONY: help venv install demo test lint format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make install   build the extension and install the package into $(VENV), editable"
+	@echo "make demo      train on Glyphs, then evaluate and draw: demo/*.png and a checkpoint"
+	@echo "make test      formatters, linters, types, native sanitizers, tests"
+	@echo "make lint      the first three of these"
+	@echo "make format    reformat Python and C++"
+	@echo "make clean     remove what was built, but not $(VENV)"
+
+venv: $(VENV)/.tools
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "metaaug_fast needs Python 3.10 or newer: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	    { echo "$(PYTHON) has no venv module: install it (on Debian and Ubuntu, python3-venv) and run make again"; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.tools: Makefile | $(BIN)/python
+	@echo "installing $(TORCH) and build tools into $(VENV)"
+	@$(PIP) $(TORCH) 'setuptools>=77' wheel 'pybind11>=3' ninja
+	@touch $@
+
+install: $(VENV)/.package
+
+# Editable, so only a change of native sources or metadata asks for a new build.
+$(VENV)/.package: $(SOURCES) | $(VENV)/.tools
+	@set -- $${CXX:-c++}; command -v "$$1" >/dev/null || \
+	    { echo "metaaug_fast needs a C++17 compiler and found no '$$1': install g++ or clang++, or set CXX"; exit 1; }
+	@echo "building metaaug_fast"
+	@$(PIP) --no-build-isolation --editable '.[test]'
+	@touch $@
+
+demo: install
+	$(BIN)/metaaug-fast demo --out demo
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+ifneq ($(NATIVE),)
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+endif
+ifneq ($(CUDA),)
+	@command -v nvcc >/dev/null || echo "no nvcc: the CUDA sources are not compiled here"
+	@! command -v nvcc >/dev/null || for source in $(CUDA); do nvcc -c -Icsrc -o /dev/null $$source || exit 1; done
+endif
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+ifneq ($(NATIVE),)
+	$(BIN)/clang-format -i $(NATIVE)
+endif
+
+clean:
+	rm -rf build dist demo *.egg-info metaaug_fast/*.so $(VENV)/.package
+	find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +

@@ -1,0 +1,7 @@
+"""`python -m metaaug_fast`: the console program."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

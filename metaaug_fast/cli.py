@@ -1,0 +1,248 @@
+"""The console program `metaaug-fast`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from tqdm import tqdm
+
+from . import checkpoint as checkpoints
+from . import recipes
+from .demo import demo
+from .errors import CheckpointError, NonFiniteError, NotFusedError
+from .evaluation import Evaluation, evaluate
+from .explain import explain
+from .recipes import Settings
+from .training import History, train
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; the exit code: 0, 2 for bad usage or input, 1 for a failed run, 128 + n for signal n."""
+    options = _parser().parse_args(arguments)
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    try:
+        return int(options.run(options))
+    except (ValueError, TypeError, OSError, NotFusedError) as error:
+        return _fail(options, error, 2)
+    except NonFiniteError as error:
+        return _fail(options, error, 1)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def _train(options: argparse.Namespace) -> int:
+    given = {name: value for name, value in vars(options).items() if name in Settings.__dataclass_fields__}
+    if options.resume is not None:
+        run = _resumed(options.resume, given)
+    elif "data" not in given:
+        raise ValueError(f"--data must be one of {', '.join(recipes.DATA)} (got none)")
+    else:
+        run = recipes.settings(**given)
+    out = options.out or options.resume or Path("runs") / f"{run.learner}-{run.data}.safetensors"
+    learner = recipes.make_learner(run)
+    episodes = {split: recipes.make_episodes(run, split, options.download) for split in recipes.SPLITS}
+    print(f"{run}; {torch.get_num_threads()} threads")
+    history = train(
+        learner,
+        episodes["train"],
+        run.steps,
+        optimizer=recipes.make_optimizer(run, learner),
+        before_step=recipes.make_schedule(run, learner),
+        validate=lambda: evaluate(learner, episodes["validation"], options.validation_episodes, steps=run.test_steps),
+        validate_every=options.validate_every or math.ceil(run.steps / 10),
+        checkpoint=out,
+        checkpoint_every=options.checkpoint_every or min(500, math.ceil(run.steps / 10)),
+        resume=options.resume,
+        config=run.as_dict(),
+        progress=not options.quiet,
+    )
+    print(f"checkpoint: {out}")
+    if history.stopped_by is not None:
+        print(f"stopped by {history.stopped_by}; to go on: metaaug-fast train {run.learner} --resume {out}")
+        return 128 + signal.Signals[history.stopped_by]
+    result = _test(run, learner, options.episodes, recipes.make_episodes(run, "test"))
+    _report(out.with_suffix(".json"), run, result, history)
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    path, state = options.checkpoint, checkpoints.load(options.checkpoint)
+    names = ("data", "root", "ways", "shots", "queries", "tasks", "split_styles", "test_steps")
+    run = _settings_of(path, state)
+    learner = recipes.make_learner(run)
+    try:
+        learner.load_state_dict(state["learner"])
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit its model {run.model} ({' '.join(str(error).split())})") from error
+    run = Settings(**{**run.as_dict(), **{name: value for name, value in vars(options).items() if name in names}})
+    print(f"{path}: {run}")
+    result = _test(run, learner, options.episodes, recipes.make_episodes(run, "test", options.download))
+    _report(options.report or path.with_suffix(".evaluation.json"), run, result)
+    return 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    default = (1,) if options.model == "mlp" else (1, 28, 28)
+    print(explain(recipes.make_model(options.model), torch.randn(2, *(options.shape or default))))
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    demo(options.out, steps=options.steps, progress=not options.quiet)
+    return 0
+
+
+def _test(run: Settings, learner: Any, count: int, episodes: Any) -> Evaluation:
+    regression = run.data == "sinusoid"
+    result = evaluate(learner, episodes, count, steps=run.test_steps, by_step=regression)
+    print(f"new {'tasks' if regression else 'classes'}: {result}")
+    if regression:
+        print("  after 0, 1, ... steps: " + ", ".join(f"{value:.4f}" for value in result.by_step))
+    return result
+
+
+def _resumed(path: Path, given: dict[str, Any]) -> Settings:
+    """The checkpoint's settings; only the number of steps and the place of the data may be others."""
+    kept = _settings_of(path, checkpoints.load(path)).as_dict()
+    for name, value in given.items():
+        if name not in ("steps", "root") and kept[name] != value:
+            option = "learner" if name == "learner" else f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} must be that of the checkpoint, {kept[name]} (got {value})")
+    return Settings(**{**kept, **given})
+
+
+def _settings_of(path: Path, state: dict[str, Any]) -> Settings:
+    try:
+        return Settings(**state["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} was not written by metaaug-fast train ({error})") from error
+
+
+def _report(path: Path, run: Settings, result: Evaluation, history: History | None = None) -> None:
+    content: dict[str, Any] = {
+        "versions": {"metaaug_fast": version("metaaug_fast"), "torch": torch.__version__},
+        "threads": torch.get_num_threads(),
+        "settings": run.as_dict(),
+        "evaluation": result.as_dict(),
+    }
+    if history is not None:
+        content["history"] = history.as_dict()
+    checkpoints.write_json(path, content)
+    print(f"report: {path}")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="metaaug-fast", description="Exact, fused few-shot adaptation.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('metaaug_fast')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = commands.add_parser("train", help="meta-train, evaluate on new classes, write a checkpoint and a report")
+    command.set_defaults(run=_train)
+    command.add_argument("learner", choices=recipes.LEARNERS)
+    command.add_argument("--data", choices=recipes.DATA, default=argparse.SUPPRESS)
+    _add_episode_options(command)
+    keep = argparse.SUPPRESS
+    command.add_argument("--model", default=keep, help=f"{', '.join(recipes.MODELS)}, or module:attribute")
+    command.add_argument("--steps", type=_count, default=keep, help="meta-steps, those before --resume included")
+    command.add_argument("--inner-lr", type=_rate, default=keep)
+    command.add_argument("--inner-steps", type=_count, default=keep)
+    command.add_argument("--inner-batch", type=_count, default=keep, help="samples in an inner step (reptile)")
+    command.add_argument("--train-shots", type=_count, default=keep, help="shots in training (reptile)")
+    command.add_argument("--meta-lr", type=_rate, default=keep)
+    command.add_argument("--first-order", action="store_true", default=keep, help="FOMAML")
+    command.add_argument("--seed", type=int, default=keep)
+    command.add_argument("--out", type=Path, help="checkpoint (runs/LEARNER-DATA.safetensors)")
+    command.add_argument("--resume", type=Path, help="checkpoint to go on from, with its settings")
+    command.add_argument("--validate-every", type=_count, metavar="STEPS")
+    command.add_argument("--validation-episodes", type=_count, default=200, metavar="N")
+    command.add_argument("--checkpoint-every", type=_count, metavar="STEPS")
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    _add_common_options(command)
+
+    command = commands.add_parser("evaluate", help="accuracy of a checkpoint on new classes")
+    command.set_defaults(run=_evaluate)
+    command.add_argument("checkpoint", type=Path)
+    _add_episode_options(command)
+    command.add_argument("--report", type=Path, help="JSON report (CHECKPOINT.evaluation.json)")
+    _add_common_options(command)
+
+    command = commands.add_parser("explain", help="which of a model's ops are fused, and why others are not")
+    command.set_defaults(run=_explain)
+    command.add_argument("--model", required=True, help=f"{', '.join(recipes.MODELS)}, or module:attribute")
+    command.add_argument("--shape", type=_shape, help="of a sample (1,28,28; 1 for mlp)")
+    command.add_argument("--threads", type=_count)
+
+    command = commands.add_parser("demo", help="train on letters for a few minutes, evaluate and draw")
+    command.set_defaults(run=_demo)
+    command.add_argument("--out", type=Path, default=Path("demo"), help="folder for pictures and checkpoint")
+    command.add_argument("--steps", type=_count, default=300, help="meta-steps")
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command.add_argument("--threads", type=_count)
+    return parser
+
+
+def _add_episode_options(command: argparse.ArgumentParser) -> None:
+    """Options that have the recipe's (or the checkpoint's) value unless they are given."""
+    keep = argparse.SUPPRESS
+    command.add_argument("--root", default=keep, metavar="DIR", help="folder of Omniglot's archives")
+    command.add_argument("--download", action="store_true", help="fetch Omniglot's archives into --root")
+    for name, text in (("ways", "classes a task"), ("shots", "support samples a class"), ("queries", "a class")):
+        command.add_argument(f"--{name}", type=_count, default=keep, help=text)
+    command.add_argument("--tasks", type=_count, default=keep, help="a batch")
+    command.add_argument(
+        "--split-styles", action="store_true", default=keep, help="queries in other typefaces (glyphs)"
+    )
+    command.add_argument("--test-steps", type=_count, default=keep, help="inner steps in evaluation")
+
+
+def _add_common_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--episodes", type=_count, default=600, help="to evaluate on (600)")
+    command.add_argument("--threads", type=_count, help="(as many as torch takes)")
+
+
+def _count(text: str) -> int:
+    value = int(text) if text.lstrip("-").isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1 (got {text})")
+    return value
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number >= 0 (got {text})")
+    return value
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(_count(size) for size in text.split(","))
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    tqdm.write(f"metaaug-fast: warning: {message}", file=sys.stderr)
+
+
+def _fail(options: argparse.Namespace, error: BaseException, code: int) -> int:
+    print(f"metaaug-fast {options.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
