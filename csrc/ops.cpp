@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <numeric>
 #include <thread>
 
 namespace metaaug {
@@ -42,24 +43,29 @@ class Pointers {
 };
 
 // Runs items on torch's own threads, each taking the next one when it is free. The calling thread polls for
-// interrupts now and then.
-cpu::Parallel on_torch_threads(const std::function<bool()>& poll, std::atomic<bool>& stopped) {
+// interrupts now and then, the others see what it found.
+cpu::Parallel on_torch_threads(const std::function<bool()>& poll, std::atomic<bool>& interrupted) {
   const int workers = at::get_num_threads();
-  return {workers, [=, &stopped](int count, const std::function<void(int, int)>& body) {
-            std::atomic<int> next{0};
-            const auto caller = std::this_thread::get_id();
-            auto polled = std::chrono::steady_clock::now();
-            at::parallel_for(0, std::min(workers, count), 1, [&](int64_t worker, int64_t) {
-              for (int item; !stopped && (item = next++) < count;) {
-                body(item, int(worker));
-                const auto now = std::chrono::steady_clock::now();
-                if (std::this_thread::get_id() == caller && now - polled > std::chrono::milliseconds(20)) {
-                  polled = now;
-                  if (poll()) stopped = true;
-                }
-              }
-            });
-          }};
+  const auto caller = std::this_thread::get_id();
+  auto polled = std::chrono::steady_clock::now();
+  cpu::Parallel parallel;
+  parallel.workers = workers;
+  parallel.stopped = [=, &interrupted]() mutable {
+    if (std::this_thread::get_id() != caller) return interrupted.load();
+    const auto now = std::chrono::steady_clock::now();
+    if (now - polled > std::chrono::milliseconds(20)) {
+      polled = now;
+      if (poll()) interrupted = true;
+    }
+    return interrupted.load();
+  };
+  parallel.run = [=](int count, const std::function<void(int, int)>& body) {
+    std::atomic<int> next{0};
+    at::parallel_for(0, std::min(workers, count), 1, [&](int64_t worker, int64_t) {
+      for (int item; (item = next++) < count;) body(item, int(worker));
+    });
+  };
+  return parallel;
 }
 
 }  // namespace
@@ -153,6 +159,8 @@ std::map<std::string, at::Tensor> FusedEngine::run_cpu(const cpu::Settings& sett
   };
   output("flat", call.flat, {tasks, flat});
   output("mean_displacement", call.mean_displacement, {flat});
+  T* loss = nullptr;
+  output("loss", loss, {});
   output("task_losses", call.task_losses, {tasks});
   output("step_losses", call.step_losses, {tasks, settings.steps});
   output("accuracy", call.accuracy, {tasks});
@@ -167,9 +175,10 @@ std::map<std::string, at::Tensor> FusedEngine::run_cpu(const cpu::Settings& sett
   like("grad_query_x", call.grad_query_x, in.query_x);
   like("grad_query_y", call.grad_query_y, in.query_y);
 
-  std::atomic<bool> stopped{false};
-  const cpu::NonFinite failure = engine<T>().run(call, on_torch_threads(poll, stopped));
-  if (stopped) return {};
+  std::atomic<bool> interrupted{false};
+  const cpu::NonFinite failure = engine<T>().run(call, on_torch_threads(poll, interrupted));
+  if (interrupted) return {};
+  if (loss) *loss = std::accumulate(call.task_losses, call.task_losses + tasks, T(0)) / T(tasks);
   if (failure.task >= 0) {
     throw NonFiniteError{"task " + std::to_string(failure.task) + (failure.query ? ", query after step " : ", step ") +
                          std::to_string(failure.step) + ": " + failure.what + " is " +

@@ -27,8 +27,8 @@ class FusedEngine {
  public:
   explicit FusedEngine(Graph graph) : graph_(std::move(graph)) { cpu::check(graph_); }
 
-  // Computes the outputs named in `outputs` (the names of cpu::Call). `poll` is called between tasks on the calling
-  // thread; true stops the run.
+  // Computes the outputs named in `outputs`: those of cpu::Call, and `loss`, the mean of `task_losses`. `poll` is
+  // called between tasks on the calling thread; true stops the run.
   std::map<std::string, at::Tensor> run(const cpu::Settings& settings, const Inputs& inputs,
                                         const std::vector<std::string>& outputs, const std::function<bool()>& poll);
 

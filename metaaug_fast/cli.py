@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,10 +18,13 @@ from tqdm import tqdm
 
 from . import checkpoint as checkpoints
 from . import recipes
+from .data import Episodes
 from .demo import demo
 from .errors import CheckpointError, NonFiniteError, NotFusedError
 from .evaluation import Evaluation, evaluate
 from .explain import explain
+from .learners.base import Learner
+from .plots import plot_episode, plot_sinusoid
 from .recipes import Settings
 from .training import History, train
 
@@ -85,9 +89,12 @@ def _evaluate(options: argparse.Namespace) -> int:
         learner.load_state_dict(state["learner"])
     except RuntimeError as error:
         raise CheckpointError(f"{path} does not fit its model {run.model} ({' '.join(str(error).split())})") from error
-    run = Settings(**{**run.as_dict(), **{name: value for name, value in vars(options).items() if name in names}})
+    run = replace(run, **{name: value for name, value in vars(options).items() if name in names})
     print(f"{path}: {run}")
-    result = _test(run, learner, options.episodes, recipes.make_episodes(run, "test", options.download))
+    episodes = recipes.make_episodes(run, "test", options.download)
+    result = _test(run, learner, options.episodes, episodes)
+    if options.plot is not None:
+        _plot(run, learner, result.steps, options.plot)
     _report(options.report or path.with_suffix(".evaluation.json"), run, result)
     return 0
 
@@ -103,7 +110,7 @@ def _demo(options: argparse.Namespace) -> int:
     return 0
 
 
-def _test(run: Settings, learner: Any, count: int, episodes: Any) -> Evaluation:
+def _test(run: Settings, learner: Learner, count: int, episodes: Episodes) -> Evaluation:
     regression = run.data == "sinusoid"
     result = evaluate(learner, episodes, count, steps=run.test_steps, by_step=regression)
     print(f"new {'tasks' if regression else 'classes'}: {result}")
@@ -112,14 +119,30 @@ def _test(run: Settings, learner: Any, count: int, episodes: Any) -> Evaluation:
     return result
 
 
+@torch.no_grad()
+def _plot(run: Settings, learner: Learner, steps: int, path: Path) -> None:
+    """The first episode, or the first sinusoids before adaptation, after one step and after all of them."""
+    regression = run.data == "sinusoid"
+    tasks = recipes.make_episodes(replace(run, queries=200) if regression else run, "test").batch(0)
+    curves = {
+        number: learner.adapt(tasks.support_x, tasks.support_y, steps=number)(tasks.query_x)
+        for number in ({0, 1, steps} if regression else {steps})
+    }
+    if regression:
+        plot_sinusoid(tasks, curves, path)
+    else:
+        plot_episode(tasks, curves[steps], path)
+    print(f"picture: {path}")
+
+
 def _resumed(path: Path, given: dict[str, Any]) -> Settings:
     """The checkpoint's settings; only the number of steps and the place of the data may be others."""
-    kept = _settings_of(path, checkpoints.load(path)).as_dict()
+    run = _settings_of(path, checkpoints.load(path))
     for name, value in given.items():
-        if name not in ("steps", "root") and kept[name] != value:
+        if name not in ("steps", "root") and getattr(run, name) != value:
             option = "learner" if name == "learner" else f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option} must be that of the checkpoint, {kept[name]} (got {value})")
-    return Settings(**{**kept, **given})
+            raise ValueError(f"{option} must be that of the checkpoint, {getattr(run, name)} (got {value})")
+    return replace(run, **given)
 
 
 def _settings_of(path: Path, state: dict[str, Any]) -> Settings:
@@ -182,6 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("checkpoint", type=Path)
     _add_episode_options(command)
     command.add_argument("--report", type=Path, help="JSON report (CHECKPOINT.evaluation.json)")
+    command.add_argument("--plot", type=Path, help="picture of the first episode, or of three sinusoids")
     _add_common_options(command)
 
     command = commands.add_parser("explain", help="which of a model's ops are fused, and why others are not")

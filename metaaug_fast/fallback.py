@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from .autograd import once_differentiable
 from .errors import FallbackWarning, NonFiniteError
 from .losses import accuracy, task_loss
 from .norms import BatchStatistics, forward, update_running

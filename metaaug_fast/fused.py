@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch._utils import _unflatten_dense_tensors
 
 from . import _C
+from .autograd import once_differentiable
 from .errors import NotFusedError
 from .lowering import Graph, Op
 from .norms import BatchStatistics, update_running
@@ -36,12 +37,12 @@ class FusedExecutor:
         self._graph = graph
         self._shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
         self.buffers = [buffer for op in graph.ops for buffer in _frozen(op)]
-        self._engines: dict[tuple[int, ...], _C.FusedEngine] = {}
+        self._engines: dict[tuple[tuple[str, int], ...], _C.FusedEngine] = {}
 
     def adapt(self, problem: InnerProblem, support: Support) -> Tensor:
         """Adapted weights `[T, P]`; differentiable once (with Adam, not at all)."""
-        call = _Call(self, problem, support.rows)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and problem.optimizer == "sgd"):
+        with torch.set_grad_enabled(_differentiable(problem)):
+            call = _Call(self, problem, support.rows)
             return _Adapt.apply(call, *call.tensors(support))
 
     @torch.no_grad()
@@ -57,14 +58,16 @@ class FusedExecutor:
     def meta_loss(self, problem: InnerProblem, support: Support, query: Query) -> MetaOutput:
         """The meta-step, and the gradient with it: `backward` only scales what the forward call has found.
 
+        With Adam inside there is no gradient.
         A loss made of `task_losses` rather than of `loss` needs a second call, in `backward`.
         """
-        call = _Call(self, problem, support.rows)
-        return MetaOutput(*_MetaLoss.apply(call, *call.tensors(support, query)))
+        with torch.set_grad_enabled(_differentiable(problem)):
+            call = _Call(self, problem, support.rows)
+            return MetaOutput(*_MetaLoss.apply(call, *call.tensors(support, query)))
 
     def engine(self, problem: InnerProblem) -> _C.FusedEngine:
         """The engine for the problem's parameters, of which some may have a row for each step."""
-        rows = tuple(len(problem.parameters[name]) for name in sorted(problem.per_step))
+        rows = tuple((name, len(problem.parameters[name])) for name in sorted(problem.per_step))
         if rows not in self._engines:
             try:
                 self._engines[rows] = _C.FusedEngine(_native(self._graph, self._shapes, problem))
@@ -142,12 +145,10 @@ class _Call:
     def unpack(self, found: dict[str, Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
         """The engine's gradients in the order of `tensors`."""
         parameters, rates, data = self.split(needs)
-        values = list(self.problem.parameters.values())
-        result: list[Tensor | None] = [None] * len(values)
+        result: list[Tensor | None] = [None] * len(parameters)
         if "grad_parameters" in found:
-            pieces = found["grad_parameters"].split([value.numel() for value in values])
-            for index, (value, piece) in enumerate(zip(values, pieces, strict=True)):
-                result[index] = piece.view(value.shape) if parameters[index] else None
+            views = _unflatten_dense_tensors(found["grad_parameters"], list(self.problem.parameters.values()))
+            result = [view if need else None for view, need in zip(views, parameters, strict=True)]
         result += self._rate_gradients(found.get("grad_rates"), rates)
         return result + [found.get(f"grad_{name}") if need else None for name, need in data.items()]
 
@@ -209,36 +210,40 @@ class _MetaLoss(torch.autograd.Function):
         learns = problem.batch_norm == "running" and problem.training
         _, _, data = call.split(tensors)
         classes = problem.loss == "cross_entropy" and data["query_y"].dtype == torch.int64
-        outputs = ["task_losses", *["accuracy"] * classes, *["statistics"] * learns, *call.gradients(tensors, needs)]
-        if data["step_weights"] is not None:
-            outputs.append("step_losses")
-        found = call.run(tensors, outputs, needs)
+        judged = ["step_losses"] if data["step_weights"] is not None else []
+        outputs = ["loss", "task_losses", *["accuracy"] * classes, *["statistics"] * learns, *judged]
+        found = call.run(tensors, outputs + call.gradients(tensors, needs), needs)
         if learns:
             call.executor.learn_statistics(problem, found["statistics"])
-        ctx.call, ctx.found = call, found
+        ctx.call, ctx.tasks = call, len(found["task_losses"])
+        ctx.gradients = {name: value for name, value in found.items() if name.startswith("grad_")}
+        ctx.step_losses = found.get("step_losses")
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         accuracy = found.get("accuracy")
         if accuracy is not None:
             ctx.mark_non_differentiable(accuracy)
-        return found["task_losses"].mean(), found["task_losses"], accuracy
+        return found["loss"], found["task_losses"], accuracy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, loss: Tensor | None, task_losses: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        call, tensors, needs, found = ctx.call, ctx.saved_tensors, ctx.needs_input_grad[1:], ctx.found
-        tasks = len(found["task_losses"])
+        call, tensors, needs = ctx.call, ctx.saved_tensors, ctx.needs_input_grad[1:]
+        if loss is None and task_losses is None:
+            return (None,) * (1 + len(needs))
         if task_losses is None:
-            if loss is None:
-                return (None,) * (1 + len(needs))
-            weights = (loss / tasks).expand(tasks)
-            gradients = {name: value * loss for name, value in found.items() if name.startswith("grad_")}
+            gradients = {name: value * loss for name, value in ctx.gradients.items()}
         else:
-            weights = task_losses if loss is None else task_losses + loss / tasks
+            weights = task_losses if loss is None else task_losses + loss / ctx.tasks
             gradients = call.run(tensors, call.gradients(tensors, needs), needs, task_weights=weights)
-        if "step_losses" in found:
-            gradients["grad_step_weights"] = weights @ found["step_losses"]
+        if ctx.step_losses is not None:
+            mean = ctx.step_losses.mean(0)
+            gradients["grad_step_weights"] = mean * loss if task_losses is None else weights @ ctx.step_losses
         return None, *call.unpack(gradients, needs)
+
+
+def _differentiable(problem: InnerProblem) -> bool:
+    return torch.is_grad_enabled() and problem.optimizer == "sgd"
 
 
 def _predict(

@@ -86,9 +86,10 @@ struct NonFinite {
   double value = 0;
 };
 
-// Runs body(item, worker) for items 0..count-1 on `workers` workers; stops early when interrupted.
+// Runs body(item, worker) for items 0..count-1 on `workers` workers. `stopped` is asked between tasks, by all of them.
 struct Parallel {
   int workers = 1;
+  std::function<bool()> stopped = [] { return false; };
   std::function<void(int count, const std::function<void(int item, int worker)>& body)> run;
 };
 

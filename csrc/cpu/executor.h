@@ -29,7 +29,10 @@ template <class T>
 class Arena {
  public:
   void reserve(int64_t size) {
-    if (int64_t(memory_.size()) < size + kSlack) memory_.resize(size + kSlack);
+    if (int64_t(memory_.size()) < size + kSlack) {
+      memory_ = {};  // before the new block is there: nothing in the old one is needed
+      memory_.resize(size + kSlack);
+    }
     used_ = 0;
   }
   T* take(int64_t size) {
@@ -74,7 +77,8 @@ class Executor final : public cpu::Engine<T> {
     parallel.run(groups, [&](int group, int worker) {
       Worker w(*this, call, plan, arenas_[worker], sums_.data() + group * group_size, failures_[group]);
       const int64_t first = int64_t{group} * call.tasks / groups, last = int64_t{group + 1} * call.tasks / groups;
-      for (int64_t task = first; task < last && failures_[group].task < 0; ++task) w.run(int(task));
+      for (int64_t task = first; task < last && failures_[group].task < 0 && !parallel.stopped(); ++task)
+        w.run(int(task));
     });
     for (const NonFinite& failure : failures_)
       if (failure.task >= 0) return failure;

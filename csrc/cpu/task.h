@@ -263,7 +263,7 @@ struct Executor<T>::Worker {
       const Vector v = beta2 * S::load(second) + (T(1) - beta2) * g * g;
       S::store(first, m);
       S::store(second, v);
-      Vector ratio;
+      Vector ratio{};
       for (int i = 0; i < S::kWidth; ++i) ratio[i] = m[i] * correction1 / (std::sqrt(v[i] * correction2) + eps);
       return ratio;
     }

@@ -29,6 +29,7 @@ void statistics(const OpCall<T>& call) {
   using S = Simd<T>;
   using Vector = typename S::Vector;
   const int64_t rows = call.plan.rows(), stride = call.plan.out.stride;
+  const int channels = call.plan.out.shape.channels;
   const T eps = T(call.plan.op.eps);
   each_block<T>(stride, [&](int64_t channel, auto vectors) {
     constexpr int kVectors = decltype(vectors)::value;
@@ -49,7 +50,8 @@ void statistics(const OpCall<T>& call) {
         const int64_t c = channel + j * S::kWidth + i;
         const T variance = square[0][j][i] / T(rows);
         call.saved[c] = mean[0][j][i];
-        call.saved[stride + c] = T(1) / std::sqrt(variance + eps);
+        // Padding has no variance: without an eps, 1 / 0 would come back as NaN.
+        call.saved[stride + c] = c < channels ? T(1) / std::sqrt(variance + eps) : T(0);
         call.saved[2 * stride + c] = variance;
       }
   });

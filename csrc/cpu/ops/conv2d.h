@@ -83,7 +83,8 @@ void plan(OpPlan<T>& plan) {
       chains.back().push_back(std::move(pixel));
     }
   }
-  if (taps == 1 && in.shape.pixels() == 1) {  // a linear layer: one loop over the images
+  const bool linear = taps == 1 && in.shape.pixels() == 1 && op.padding.y == 0 && op.padding.x == 0;
+  if (linear) {  // one loop, over the images
     plan.weight_gradient = {{{}}, 1, 0, 0};
     for (int n = 0; n < plan.images; ++n) plan.weight_gradient.taps[0].push_back({n * in.sample(), n * out.sample()});
   }
