@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
@@ -18,6 +17,7 @@ from . import recipes
 from .checkpoint import write_json
 from .evaluation import Evaluation, evaluate
 from .learners.maml import MAML
+from .losses import task_loss
 from .norms import normalise
 from .plots import plot_episode, plot_learning_curve
 from .tasks import TaskBatch
@@ -133,7 +133,7 @@ def vmap_meta_gradient(learner: MAML, tasks: TaskBatch) -> Callable[[], dict[str
     weights = {name: value.detach() for name, value in net.named_parameters()}
 
     def loss(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(net, p, (x,)), y)
+        return task_loss(learner.loss, functional_call(net, p, (x,)), y)
 
     def one_task(p: dict[str, Tensor], x: Tensor, y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
         for _ in range(learner.inner_steps):

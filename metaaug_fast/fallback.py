@@ -70,9 +70,13 @@ class FallbackExecutor:
         return self._adapted(problem, support)
 
     @torch.no_grad()
-    def adapt_mean(self, problem: InnerProblem, support: Support) -> Tensor:
-        """Mean over tasks of `theta_K - theta_0`, `[P]`, without gradient."""
-        return (self._adapted(problem, support) - _start(problem, support)).mean(0)
+    def adapt_mean(
+        self, problem: InnerProblem, support: Support, query: Query | None = None
+    ) -> tuple[Tensor, MetaOutput | None]:
+        """Mean over tasks of `theta_K - theta_0`, `[P]`, without gradient, and how theta_K does on the query set."""
+        adapted = self._adapted(problem, support)
+        mean = (adapted - _start(problem, support)).mean(0)
+        return mean, None if query is None else self._judge(problem, query, {problem.steps: adapted})
 
     def predict(self, problem: InnerProblem, flat: Tensor, x: Tensor) -> Tensor:
         """Output `[T, N, *output_shape]` of each task's weights `flat` `[T, P]` on `x`, differentiable once."""
@@ -84,11 +88,15 @@ class FallbackExecutor:
         Raises:
             NonFiniteError: a task's support or query loss, or its adapted weights, are not finite.
         """
-        last, weights = problem.steps, query.step_weights
-        if weights is None:
-            judged = {last: self.adapt(problem, support)}
+        if query.step_weights is None:
+            judged = {problem.steps: self.adapt(problem, support)}
         else:
             judged = dict(enumerate(self._trajectory(problem, support)[1:], start=1))
+        return self._judge(problem, query, judged)
+
+    def _judge(self, problem: InnerProblem, query: Query, judged: dict[int, Tensor]) -> MetaOutput:
+        """Query losses of the weights after each of some steps, weighted and together."""
+        last, weights = problem.steps, query.step_weights
         learns = problem.batch_norm == "running" and problem.training
         statistics: list[list[BatchStatistics]] = []
         losses = []

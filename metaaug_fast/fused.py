@@ -46,10 +46,15 @@ class FusedExecutor:
             return _Adapt.apply(call, *call.tensors(support))
 
     @torch.no_grad()
-    def adapt_mean(self, problem: InnerProblem, support: Support) -> Tensor:
-        """Mean over tasks of `theta_K - theta_0`, `[P]`, without gradient."""
+    def adapt_mean(
+        self, problem: InnerProblem, support: Support, query: Query | None = None
+    ) -> tuple[Tensor, MetaOutput | None]:
+        """Mean over tasks of `theta_K - theta_0`, `[P]`, without gradient, and how theta_K does on the query set."""
         call = _Call(self, problem, support.rows)
-        return call.run(call.tensors(support), ["mean_displacement"])["mean_displacement"]
+        outputs = ["mean_displacement"] if query is None else ["mean_displacement", *call.judgements(query)]
+        found = call.run(call.tensors(support, query), outputs)
+        judged = None if query is None else MetaOutput(found["loss"], found["task_losses"], found.get("accuracy"))
+        return found["mean_displacement"], judged
 
     def predict(self, problem: InnerProblem, flat: Tensor, x: Tensor) -> Tensor:
         """Output `[T, N, *output_shape]` of each task's weights `flat` `[T, P]` on `x`; differentiable once."""
@@ -63,7 +68,7 @@ class FusedExecutor:
         """
         with torch.set_grad_enabled(_differentiable(problem)):
             call = _Call(self, problem, support.rows)
-            return MetaOutput(*_MetaLoss.apply(call, *call.tensors(support, query)))
+            return MetaOutput(*_MetaLoss.apply(call, call.judgements(query), *call.tensors(support, query)))
 
     def engine(self, problem: InnerProblem) -> _C.FusedEngine:
         """The engine for the problem's parameters, of which some may have a row for each step."""
@@ -133,6 +138,11 @@ class _Call:
         for name, value in {**data, **given}.items():
             setattr(inputs, name, value)
         return self.executor.engine(self.problem).run(self.settings, inputs, outputs)
+
+    def judgements(self, query: Query) -> list[str]:
+        """Names of the engine's outputs that tell how the query set is done."""
+        classes = self.problem.loss == "cross_entropy" and query.y.dtype == torch.int64
+        return ["loss", "task_losses", "accuracy"] if classes else ["loss", "task_losses"]
 
     def gradients(self, tensors: Sequence[Any], needs: Sequence[bool]) -> list[str]:
         """Names of the engine's outputs that hold the gradients asked for."""
@@ -204,14 +214,14 @@ class _MetaLoss(torch.autograd.Function):
     """Mean query loss, task losses and accuracy; the gradient of the mean is found in the forward call."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, call: _Call, outputs: list[str], *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         problem = call.problem
-        needs = ctx.needs_input_grad[1:] if call.differentiable else (False,) * len(tensors)
+        needs = ctx.needs_input_grad[2:] if call.differentiable else (False,) * len(tensors)
         learns = problem.batch_norm == "running" and problem.training
-        _, _, data = call.split(tensors)
-        classes = problem.loss == "cross_entropy" and data["query_y"].dtype == torch.int64
-        judged = ["step_losses"] if data["step_weights"] is not None else []
-        outputs = ["loss", "task_losses", *["accuracy"] * classes, *["statistics"] * learns, *judged]
+        if learns:
+            outputs = [*outputs, "statistics"]
+        if call.split(tensors)[2]["step_weights"] is not None:
+            outputs = [*outputs, "step_losses"]
         found = call.run(tensors, outputs + call.gradients(tensors, needs), needs)
         if learns:
             call.executor.learn_statistics(problem, found["statistics"])
@@ -228,9 +238,9 @@ class _MetaLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, loss: Tensor | None, task_losses: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        call, tensors, needs = ctx.call, ctx.saved_tensors, ctx.needs_input_grad[1:]
+        call, tensors, needs = ctx.call, ctx.saved_tensors, ctx.needs_input_grad[2:]
         if loss is None and task_losses is None:
-            return (None,) * (1 + len(needs))
+            return (None,) * (2 + len(needs))
         if task_losses is None:
             gradients = {name: value * loss for name, value in ctx.gradients.items()}
         else:
@@ -239,7 +249,7 @@ class _MetaLoss(torch.autograd.Function):
         if ctx.step_losses is not None:
             mean = ctx.step_losses.mean(0)
             gradients["grad_step_weights"] = mean * loss if task_losses is None else weights @ ctx.step_losses
-        return None, *call.unpack(gradients, needs)
+        return None, None, *call.unpack(gradients, needs)
 
 
 def _differentiable(problem: InnerProblem) -> bool:

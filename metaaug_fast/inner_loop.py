@@ -49,8 +49,10 @@ class Executor(Protocol):
         """Weights after K steps, `[T, P]`, differentiable; with Adam forward only."""
         ...
 
-    def adapt_mean(self, problem: InnerProblem, support: Support) -> Tensor:
-        """Mean over tasks of `theta_K - theta_0`, `[P]`, without gradient."""
+    def adapt_mean(
+        self, problem: InnerProblem, support: Support, query: Query | None = None
+    ) -> tuple[Tensor, MetaOutput | None]:
+        """Mean over tasks of `theta_K - theta_0`, `[P]`, without gradient; and theta_K judged on a query set."""
         ...
 
     def predict(self, problem: InnerProblem, flat: Tensor, x: Tensor) -> Tensor:
@@ -238,11 +240,15 @@ def adapt_tasks(problem: InnerProblem, support: Support, backend: str = "auto") 
     return FastWeights(problem, executor.adapt(problem, support), backend)
 
 
-def adapt_tasks_mean(problem: InnerProblem, support: Support, backend: str = "auto") -> Tensor:
-    """Check the support set and give the mean over tasks of `theta_K - theta_0`, `[P]`, without gradient."""
+def adapt_tasks_mean(
+    problem: InnerProblem, support: Support, query: Query | None = None, backend: str = "auto"
+) -> tuple[Tensor, MetaOutput | None]:
+    """Check the sets and give the mean over tasks of `theta_K - theta_0`, `[P]`, and theta_K judged on a query set."""
     executor, problem = _prepare(problem, support, backend)
     check_support(problem, support, executor.output_shape)
-    return executor.adapt_mean(problem, support)
+    if query is not None:
+        check_query(problem, support, query, executor.output_shape)
+    return executor.adapt_mean(problem, support, query)
 
 
 def meta_loss(problem: InnerProblem, support: Support, query: Query, backend: str = "auto") -> MetaOutput:

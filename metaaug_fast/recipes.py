@@ -111,7 +111,7 @@ _DEFAULTS: Mapping[tuple[str, str], Mapping[str, Any]] = {
         "model": "mlp", "shots": 10, "queries": 10, "tasks": 25, "inner_lr": 0.01, "inner_steps": 1, "meta_lr": 1e-3,
         "steps": 70_000,
     },
-    ("reptile", "glyphs"): {**_REPTILE_IMAGES, "steps": 2_000},
+    ("reptile", "glyphs"): {**_REPTILE_IMAGES, "train_shots": 7, "steps": 2_000},
     ("reptile", "omniglot"): {**_REPTILE_IMAGES, "steps": 100_000},
     ("reptile", "sinusoid"): {
         "model": "mlp", "shots": 10, "train_shots": 50, "queries": 10, "tasks": 5, "inner_lr": 0.01, "inner_steps": 10,

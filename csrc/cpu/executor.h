@@ -68,9 +68,9 @@ class Executor final : public cpu::Engine<T> {
   NonFinite run(const Call<T>& call, const Parallel& parallel) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     const Plan plan = prepare(call);
-    const int groups = std::min(call.tasks, kGroups);
     const int64_t group_size =
         (call.grad_parameters || call.mean_displacement ? packing_.size() : 0) + (call.grad_rates ? rates_size_ : 0);
+    const int groups = group_count(call.tasks, group_size);
     sums_.assign(groups * group_size, T(0));
     failures_.assign(groups, NonFinite());
     if (int(arenas_.size()) < parallel.workers) arenas_.resize(parallel.workers);
@@ -94,7 +94,14 @@ class Executor final : public cpu::Engine<T> {
   }
 
  private:
-  static constexpr int kGroups = 64;
+  static constexpr int kPlannedSizes = 32;
+
+  // As many as keep many cores busy, fewer where their sums would be large; never more or less for other workers.
+  static int group_count(int tasks, int64_t size) {
+    constexpr int64_t kFew = 8, kMany = 64, kBytes = 64 << 20;
+    const int64_t bytes = std::max<int64_t>(size * int64_t(sizeof(T)), 1);
+    return int(std::min<int64_t>(tasks, std::clamp(kBytes / bytes, kFew, kMany)));
+  }
 
   // What a call needs, in sizes: networks for its batch sizes, and the arena of a worker.
   struct Plan {
@@ -121,6 +128,7 @@ class Executor final : public cpu::Engine<T> {
 
   Plan prepare(const Call<T>& call) {
     const int count = packing_.count(), steps = call.settings.steps;
+    if (networks_.size() > kPlannedSizes) networks_.clear();
     std::vector<char> adapted(count), wanted(call.wanted);
     for (int p = 0; p < count; ++p) {
       adapted[p] = call.rates[p].data != nullptr;

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ..inner_loop import FastWeights, adapt_tasks, adapt_tasks_mean
+from ..inner_loop import FastWeights, adapt_tasks_mean
 from ..losses import Loss
-from ..problem import InnerProblem, LearningRate, MetaOutput, Support, inner_problem
-from ..reference import pack, unpack
+from ..problem import InnerProblem, LearningRate, MetaOutput, Query, Support, inner_problem
+from ..reference import unpack
 from ..tasks import TaskBatch, check_samples
 from .base import Learner
 
@@ -151,13 +151,8 @@ class Reptile(Learner):
         """Move the weights towards the mean of the tasks' own; what these achieve, if it is to be measured."""
         problem, x, y = self.problem(), tasks.support_x, tasks.support_y
         support = Support(x, y, rows=self._rows(x, y, self.inner_steps, self._generator))
-        output = None
-        if measure:
-            fast = adapt_tasks(problem, support, self.backend)
-            output = fast.evaluate(tasks.query_x, tasks.query_y)
-            mean = fast.flat.mean(0) - pack(problem.parameters)
-        else:
-            mean = adapt_tasks_mean(problem, support, self.backend)
+        query = Query(tasks.query_x, tasks.query_y) if measure else None
+        mean, output = adapt_tasks_mean(problem, support, query, self.backend)
         for name, change in unpack(problem, mean).items():
             if name in problem.rates:
                 problem.parameters[name].add_(change, alpha=self.meta_lr)
