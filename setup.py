@@ -20,15 +20,9 @@ def extension() -> CppExtension:
     debug = os.environ.get("DEBUG", "0") not in ("", "0")
     sources = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.cpp"))]
     headers = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.h"))]
-    # -fopenmp for the compiler only: torch's parallel_for is a header, and torch has brought an OpenMP runtime already.
-    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     flags = ["-O0", "-g"] if debug else ["-O3", "-fno-math-errno", "-fno-trapping-math", "-g0"]
-    return CppExtension(
-        "metaaug_fast._C",
-        sources,
-        depends=headers,
-        extra_compile_args=[*flags, *openmp, "-Wall", "-fvisibility=hidden"],
-    )
+    flags += ["-Wall", "-fvisibility=hidden"]
+    return CppExtension("metaaug_fast._C", sources, depends=headers, extra_compile_args=flags)
 
 
 def check_compiler() -> None:

@@ -7,6 +7,8 @@
 #include <numeric>
 #include <thread>
 
+#include "cpu/pool.h"
+
 namespace metaaug {
 namespace {
 
@@ -42,9 +44,9 @@ class Pointers {
   std::vector<at::Tensor> kept_;
 };
 
-// Runs items on torch's own threads, each taking the next one when it is free. The calling thread polls for
-// interrupts now and then, the others see what it found.
-cpu::Parallel on_torch_threads(const std::function<bool()>& poll, std::atomic<bool>& interrupted) {
+// As many threads as torch is set to use. The calling one polls for interrupts now and then, the others see what it
+// found.
+cpu::Parallel on_all_threads(const std::function<bool()>& poll, std::atomic<bool>& interrupted) {
   const int workers = at::get_num_threads();
   const auto caller = std::this_thread::get_id();
   auto polled = std::chrono::steady_clock::now();
@@ -60,10 +62,7 @@ cpu::Parallel on_torch_threads(const std::function<bool()>& poll, std::atomic<bo
     return interrupted.load();
   };
   parallel.run = [=](int count, const std::function<void(int, int)>& body) {
-    std::atomic<int> next{0};
-    at::parallel_for(0, std::min(workers, count), 1, [&](int64_t worker, int64_t) {
-      for (int item; (item = next++) < count;) body(item, int(worker));
-    });
+    cpu::Pool::instance().run(workers, count, body);
   };
   return parallel;
 }
@@ -176,7 +175,7 @@ std::map<std::string, at::Tensor> FusedEngine::run_cpu(const cpu::Settings& sett
   like("grad_query_y", call.grad_query_y, in.query_y);
 
   std::atomic<bool> interrupted{false};
-  const cpu::NonFinite failure = engine<T>().run(call, on_torch_threads(poll, interrupted));
+  const cpu::NonFinite failure = engine<T>().run(call, on_all_threads(poll, interrupted));
   if (interrupted) return {};
   if (loss) *loss = std::accumulate(call.task_losses, call.task_losses + tasks, T(0)) / T(tasks);
   if (failure.task >= 0) {
