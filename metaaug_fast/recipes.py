@@ -100,7 +100,7 @@ _ONLY = {
 }
 _MAML_IMAGES = {"model": "strided_conv4", "inner_lr": 0.4, "inner_steps": 1, "meta_lr": 1e-3}
 _REPTILE_IMAGES = {
-    "model": "conv4", "tasks": 10, "train_shots": 15, "inner_lr": 1e-3, "inner_steps": 3, "inner_batch": 25,
+    "model": "strided_conv4", "tasks": 10, "train_shots": 15, "inner_lr": 1e-3, "inner_steps": 3, "inner_batch": 25,
     "test_steps": 5, "meta_lr": 1.0,
 }  # fmt: skip
 _DEFAULTS: Mapping[tuple[str, str], Mapping[str, Any]] = {

@@ -64,7 +64,24 @@ def test_reptile_and_other_options(tmp_path, capsys):
         main(["train", "reptile", *SINUSOID, "--inner-steps", "3", "--inner-batch", "4", "--out", str(out), "--quiet"])
         == 0
     )
-    assert main(["evaluate", str(out), "--episodes", "8", "--test-steps", "4", "--shots", "5"]) == 0
+    assert (
+        main(
+            [
+                "evaluate",
+                str(out),
+                "--episodes",
+                "8",
+                "--test-steps",
+                "4",
+                "--shots",
+                "5",
+                "--plot",
+                str(tmp_path / "r.png"),
+            ]
+        )
+        == 0
+    )
+    assert (tmp_path / "r.png").exists()
     report = json.loads((tmp_path / "r.evaluation.json").read_text())
     assert report["evaluation"]["steps"] == 4
     assert report["settings"]["shots"] == 5
@@ -83,7 +100,11 @@ def test_accuracies_say_whether_they_are_transductive(tmp_path, capsys, monkeypa
     assert "new classes: accuracy" in shown
     assert "transductive" in shown
     assert "first order" in shown
-    assert main(["evaluate", "runs/maml-glyphs.safetensors", "--episodes", "4", "--split-styles"]) == 0
+    assert (
+        main(["evaluate", "runs/maml-glyphs.safetensors", "--episodes", "4", "--split-styles", "--plot", "one.svg"])
+        == 0
+    )
+    assert Path("one.svg").exists()
     report = json.loads(Path("runs/maml-glyphs.evaluation.json").read_text())
     assert report["evaluation"]["transductive"] is True
     assert report["settings"]["split_styles"] is True

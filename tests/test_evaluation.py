@@ -28,7 +28,7 @@ def test_accuracy_and_interval_are_those_of_the_episodes():
             model = learner.adapt(tasks.support_x, tasks.support_y).module(task)
             logits = model(tasks.query_x[task])
             accuracies.append(float((logits.argmax(-1) == tasks.query_y[task]).float().mean()))
-            losses.append(float(nn.functional.cross_entropy(logits, tasks.query_y[task])))
+            losses.append(float(nn.functional.cross_entropy(logits, tasks.query_y[task]).detach()))
     count = 17
     values = torch.tensor(accuracies[:count], dtype=torch.float64)
     result = evaluate(learner, episodes, count)
@@ -58,6 +58,7 @@ def test_repeated_calls_judge_alike_and_leave_no_trace():
     assert not learner.training
 
 
+@torch.no_grad()
 def test_regression_reports_the_loss_after_every_step():
     learner = MAML(mlp([1, 8, 1]), inner_lr=0.02, inner_steps=3, loss="mse")
     episodes = Episodes(Sinusoids(), shots=6, queries=5, tasks=10)

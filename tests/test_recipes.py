@@ -21,6 +21,14 @@ def test_every_pair_has_settings_that_survive_a_report(learner, data):
     assert learner.problem().loss == ("mse" if data == "sinusoid" else "cross_entropy")
 
 
+@pytest.mark.parametrize("learner", recipes.LEARNERS)
+@pytest.mark.parametrize("data", ["glyphs", "sinusoid"])
+def test_the_data_hold_enough_for_every_split(learner, data):
+    run = settings(learner, data, tasks=2)
+    for split in recipes.SPLITS:
+        assert recipes.make_episodes(run, split).batch(0).tasks == 2
+
+
 def test_the_papers_settings():
     run = settings("maml", "omniglot", root="x")
     assert (run.inner_lr, run.inner_steps, run.meta_lr, run.tasks) == (0.4, 1, 1e-3, 32)
