@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -19,16 +18,6 @@ def randn(*shape: int) -> Tensor:
 
 def rand(*shape: int) -> Tensor:
     return torch.rand(shape, dtype=torch.float64)
-
-
-@contextmanager
-def fresh_numbers(threads: int = 1) -> Iterator[None]:
-    """Other random numbers in every run, whose seed a failing test prints; few threads, for tensors are tiny."""
-    print("torch.manual_seed", torch.seed())
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    yield
-    torch.set_num_threads(before)
 
 
 def learned_rates(form: str, parameters: Mapping[str, Tensor], steps: int, scale: float = 0.3):

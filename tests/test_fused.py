@@ -8,11 +8,12 @@ import subprocess
 import sys
 import textwrap
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
-from exactness import RATE_FORMS, assert_close, fresh_numbers, gradients, learned_rates, leaves, rand, randn
+from exactness import RATE_FORMS, assert_close, gradients, learned_rates, leaves, rand, randn
 from torch import Tensor, nn
 
 import metaaug_fast as mf
@@ -23,11 +24,7 @@ from metaaug_fast.inner_loop import choose_executor
 from metaaug_fast.norms import forward, update_running
 from metaaug_fast.problem import InnerProblem, Query, Support, inner_problem
 
-
-@pytest.fixture(autouse=True)
-def numbers():
-    with fresh_numbers():
-        yield
+pytestmark = pytest.mark.usefixtures("fresh_numbers")
 
 
 # --- random networks ------------------------------------------------------------------------------------------------
@@ -397,8 +394,10 @@ def test_finite_differences_of_the_meta_loss():
     lr = learned_rates("element, step", dict(model.named_parameters()), 3)
     problem = inner_problem(model, lr, 3, momentum=0.5, weight_decay=0.1, label_smoothing=0.1)
     support = replace(support, rows=torch.randint(5, (2, 3, 4)))
-    for support in (support, replace(support, initial=start_of_each(problem, 2))):  # noqa: B020
-        executor, inputs = executor_of(problem, support.x), leaves(problem, support, query)
+    executor = executor_of(problem, support.x)
+    for start in (None, start_of_each(problem, 2)):
+        support = replace(support, initial=start)
+        inputs = leaves(problem, support, query)
         found = gradients(executor.meta_loss(problem, support, query).loss, inputs)
         for name, tensor in inputs.items():
             direction, values = torch.randn_like(tensor), []
@@ -441,8 +440,6 @@ def test_the_same_bits_whatever_the_threads_and_whatever_ran_before(dtype, tasks
 
 
 def test_calls_from_two_threads_take_turns():
-    from concurrent.futures import ThreadPoolExecutor
-
     calls = [(inner_problem(mlp(), 0.1, 3), *perceptron_sets()) for _ in range(2)]
     calls.append((calls[0][0], *perceptron_sets(samples=3)))  # the first one's executor, with other shapes
     alone = [run_all(*call) for call in calls]

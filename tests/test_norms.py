@@ -10,14 +10,7 @@ from metaaug_fast.problem import InnerProblem
 KEY = {"task": 0, "step": 0}
 
 
-@pytest.fixture(autouse=True)
-def fresh_numbers():
-    """Other numbers in every run, which a failing test prints; one thread, for tensors are tiny here."""
-    print("torch.manual_seed", torch.seed())
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("fresh_numbers")
 
 
 class Call(nn.Module):
