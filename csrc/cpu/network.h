@@ -144,10 +144,9 @@ struct Network {
       plan.out = values[op.output];
       if (op.kind == OpKind::kBatchNorm && op.buffer[0] < 0 && plan.rows() < 2)
         throw std::invalid_argument("batch norm needs at least 2 values a channel (got 1 sample of 1 pixel)");
-      plan.in_place = in_place(op);
       functions.push_back(METAAUG_ISA::functions<T>(op.kind));
       functions.back().plan(plan);
-      if (plan.in_place) {
+      if (in_place(op)) {
         value_at[op.output] = value_at[op.input[0]];
       } else {
         value_at[op.output] = values_size;

@@ -20,7 +20,6 @@ struct OpPlan {
   int images = 0;
   Layout in[2], out;
   int64_t saved = 0, saved_tangent = 0, scratch = 0;  // elements, sized by the op's `plan`
-  bool in_place = false;                              // y is x's storage
 
   // conv2d only
   Panels<T> matrix, transposed;
