@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from . import checkpoint as checkpoints
 from . import recipes
+from .bench import rivals, suite, workloads
 from .data import Episodes
 from .demo import demo
 from .errors import CheckpointError, NonFiniteError, NotFusedError
@@ -107,6 +108,26 @@ def _explain(options: argparse.Namespace) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     demo(options.out, steps=options.steps, progress=not options.quiet)
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    if options.list:
+        for workload in workloads.WORKLOADS.values():
+            print(f"{'*' if workload.core else ' '} {workload.name:40} {workload}")
+        print("* in the default run")
+        return 0
+    common = {"rounds": options.rounds, "first_call_limit": options.first_call_limit, "progress": not options.quiet}
+    chosen = {} if options.rivals is None else {"rivals": options.rivals}
+    if options.scaling:
+        print(suite.scaling(options.out, **chosen, **common))
+        names = ("scaling.md", "scaling.json", "scaling.png")
+    else:
+        selected = workloads.select(options.workloads or (), options.all)
+        report = suite.bench(selected, options.out, threads=options.threads, **chosen, **common)
+        print(f"{report.markdown()}\n{report.summary()}")
+        names = ("bench.md", "bench.json", "bench.png")
+    print(f"written: {', '.join(str(options.out / name) for name in names)}")
     return 0
 
 
@@ -220,6 +241,21 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--steps", type=_count, default=300, help="meta-steps")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
     command.add_argument("--threads", type=_count)
+
+    command = commands.add_parser("bench", help="time named workloads here and in other libraries, each checked first")
+    command.set_defaults(run=_bench)
+    command.add_argument("--workloads", nargs="+", metavar="NAME", help="names or shell patterns (a core set)")
+    command.add_argument("--all", action="store_true", help="every workload")
+    command.add_argument("--list", action="store_true", help="print the workloads and stop")
+    command.add_argument("--rivals", nargs="+", metavar="NAME", help=f"{', '.join(rivals.RIVALS)} (all)")
+    command.add_argument(
+        "--scaling", action="store_true", help="in place of workloads: growth with tasks, steps, threads"
+    )
+    command.add_argument("--rounds", type=_count, default=9, help="in which rivals take turns (9)")
+    command.add_argument("--first-call-limit", type=_seconds, default=300.0, metavar="SECONDS", help="(300)")
+    command.add_argument("--out", type=Path, default=Path("bench"), help="folder for table, JSON and picture (bench)")
+    command.add_argument("--quiet", action="store_true", help="no progress")
+    command.add_argument("--threads", type=_count, help="of every rival (as many as there are cores)")
     return parser
 
 
@@ -256,6 +292,13 @@ def _rate(text: str) -> float:
         value = math.nan
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number >= 0 (got {text})")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = _rate(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("must be above 0 (got 0)")
     return value
 
 

@@ -188,9 +188,13 @@ def _vmapped(workload: Workload, net: nn.Module, tasks: TaskBatch, wrap: Callabl
         return lambda: [torch.cat([evaluation(parameters, *batch) for batch in batches])]
     sets = _sets(tasks)
     if workload.kind == "reptile":
-        reptile = wrap(lambda p: vmap(adam, (None, 0, 0))(p, *sets[:2]))
-        return lambda: [value.mean(0) for value in reptile(parameters).values()]
-    meta_gradient = wrap(grad(lambda p: over_tasks(p, *sets).mean()))
+        changes = wrap(lambda p: vmap(adam, (None, 0, 0))(p, *sets[:2]))
+        return lambda: [value.mean(0) for value in changes(parameters).values()]
+
+    def meta_loss(p: Weights) -> Tensor:
+        return over_tasks(p, *sets).mean()
+
+    meta_gradient = wrap(grad(meta_loss))
     return lambda: list(meta_gradient(parameters).values())
 
 

@@ -26,7 +26,8 @@ class Target:
 
     quantity: "speedup" (time of the fastest exact one among `rivals` over ours, at least `limit`; no rivals: all),
         "cost" (our second-order time over that of the first-order twin, at most), "ceiling" (share of the measured
-        ceiling, at least), "first call" (seconds, at most) or "memory" (our peak over the least of the exact rivals'
+        ceiling, at least), "first call" (seconds more than
+        a later call, at most) or "memory" (our peak over the least of the exact rivals'
         that compute the same, at most).
     """
 

@@ -1,0 +1,234 @@
+"""Results as a table, judged against their targets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .ceilings import Ceilings
+from .harness import Row
+from .operations import Count
+from .rivals import OURS
+from .workloads import FIRST_ORDER, Target, Workload
+
+
+@dataclass(frozen=True)
+class Result:
+    """One workload's rows, ours first; count: of one call, None where the model is not lowered."""
+
+    workload: Workload
+    rows: Sequence[Row]
+    count: Count | None
+
+    @property
+    def ours(self) -> Row | None:
+        """Our row, if it was timed."""
+        return next((row for row in self.rows if row.rival == OURS and row.timed), None)
+
+    def gflops(self, row: Row) -> float | None:
+        """The row's rate by the workload's own operations, whatever else the rival computes; GFLOP/s."""
+        return self.count.flops / row.median / 1e9 if self.count and row.median else None
+
+    def exact(self, names: Sequence[str] = ()) -> list[Row]:
+        """Timed rivals that are right, among these or all."""
+        return [
+            row
+            for row in self.rows
+            if row.rival != OURS and row.status == "exact" and row.timed and (not names or row.rival in names)
+        ]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A target and what was measured; `met` is None where that could not be judged, and `text` says why."""
+
+    target: Target
+    value: float | None
+    met: bool | None
+    text: str
+
+
+@dataclass
+class Report:
+    """All of a run. machine: processor, cores, threads, versions, date."""
+
+    machine: Mapping[str, Any]
+    ceilings: Ceilings
+    results: list[Result] = field(default_factory=list)
+
+    def verdicts(self, result: Result) -> list[Verdict]:
+        """Every target of a workload, judged."""
+        return [judge(target, result, self.ceilings, self._twin(result)) for target in result.workload.targets]
+
+    def _twin(self, result: Result) -> Result | None:
+        name = result.workload.name + FIRST_ORDER
+        return next((each for each in self.results if each.workload.name == name), None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; times in seconds, memory in bytes, rates in GFLOP/s."""
+        return {
+            "machine": dict(self.machine),
+            "ceilings": self.ceilings.as_dict(),
+            "workloads": [
+                {
+                    "name": result.workload.name,
+                    "description": str(result.workload),
+                    "flops": result.count and result.count.flops,
+                    "bytes": result.count and result.count.bytes,
+                    "rows": [
+                        {
+                            **asdict(row),
+                            "gflops": result.gflops(row),
+                            "share_of_ceiling": _share(result, row, self.ceilings),
+                        }
+                        for row in result.rows
+                    ],
+                    "targets": [
+                        {**asdict(each.target), "value": each.value, "met": each.met, "text": each.text}
+                        for each in self.verdicts(result)
+                    ],
+                }
+                for result in self.results
+            ],
+        }
+
+    def markdown(self) -> str:
+        """The table of every workload, with its targets under it."""
+        machine = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.machine.items())
+        lines = [
+            f"Machine: {machine}.",
+            f"Ceilings: 3x3 convolution {self.ceilings.convolution:.0f} GFLOP/s, sgemm {self.ceilings.gemm:.0f} "
+            f"GFLOP/s, copy {self.ceilings.copy:.1f} GB/s.",
+            "",
+        ]
+        for result in self.results:
+            lines += [f"## {result.workload.name}", "", f"{result.workload}{_cost(result.count)}", ""]
+            lines += table(_HEAD, [_cells(result, row, self.ceilings) for row in result.rows])
+            notes = [f"* {row.title}: {row.note}" for row in result.rows if row.note]
+            marks = {True: "met", False: "MISSED", None: "not judged"}
+            judged = [f"* {marks[each.met]}: {each.text}" for each in self.verdicts(result)]
+            lines += ["", *notes, *judged, ""]
+        return "\n".join(lines)
+
+    def summary(self) -> str:
+        """How many targets are met, and which are missed by how much."""
+        verdicts = [(result.workload.name, each) for result in self.results for each in self.verdicts(result)]
+        missed = [f"  {name}: {each.text}" for name, each in verdicts if each.met is False]
+        met, unknown = (sum(each.met is state for _, each in verdicts) for state in (True, None))
+        return "\n".join([f"targets: {met} met, {len(missed)} missed, {unknown} not judged", *missed])
+
+
+def judge(target: Target, result: Result, ceilings: Ceilings, twin: Result | None = None) -> Verdict:
+    """Whether our row keeps a target. twin: the first-order workload, for "cost"."""
+    ours = result.ours
+    if ours is None or ours.median is None or ours.status != "exact":
+        return Verdict(target, None, None, f"{target.quantity}: ours has no exact time")
+    if target.quantity == "first call":
+        value = max(0.0, (ours.first_call or 0.0) - ours.median)
+        return _verdict(
+            target, value, f"first call takes {value:.2f} s more than a later one (at most {target.limit:g})"
+        )
+    if target.quantity == "ceiling":
+        share = _share(result, ours, ceilings)
+        if share is None:
+            return Verdict(target, None, None, "ceiling: operations are not counted")
+        kind = result.workload.ceiling
+        return _verdict(target, share, f"{share:.0%} of the {kind} ceiling (at least {target.limit:.0%})")
+    if target.quantity == "cost":
+        if twin is None or twin.ours is None or twin.ours.median is None:
+            return Verdict(target, None, None, "cost: its first-order twin was not timed")
+        value = ours.median / twin.ours.median
+        return _verdict(target, value, f"second order costs {value:.2f} first orders (at most {target.limit:g})")
+    rivals = result.exact(target.rivals)
+    if not rivals:
+        wanted = ", ".join(target.rivals) or "any"
+        return Verdict(target, None, None, f"{target.quantity}: no exact time of {wanted}")
+    if target.quantity == "memory":
+        least = min(rivals, key=lambda row: row.peak or 0)
+        value = (ours.peak or 0) / max(least.peak or 0, 1)
+        sizes = f"{_megabytes(ours.peak)} against {_megabytes(least.peak)} MB of {least.title}"
+        return _verdict(target, value, f"peak memory {sizes} (at most the least)")
+    fastest = min(rivals, key=lambda row: row.median or 0.0)
+    value = (fastest.median or 0.0) / ours.median
+    absent = [row.title for row in result.rows if row.rival in target.rivals and row not in rivals]
+    without = f", without {', '.join(absent)}" if absent else ""
+    return _verdict(target, value, f"{value:.2f} times as fast as {fastest.title} (at least {target.limit:g}{without})")
+
+
+def _verdict(target: Target, value: float, text: str) -> Verdict:
+    met = value >= target.limit if target.at_least else value <= target.limit
+    apart = value / target.limit - 1
+    return Verdict(target, value, met, text if met else f"{text}, off by {abs(apart):.0%}")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Markdown that is aligned as text too: the first column to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = zip(cells, widths, strict=True)
+        return f"| {' | '.join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])} |"
+
+    rule = [f":{'-' * (widths[0] - 1)}", *(f"{'-' * (width - 1)}:" for width in widths[1:])]
+    return [line(head), line(rule), *map(line, rows)]
+
+
+_HEAD = (
+    "rival",
+    "check",
+    "error",
+    "ms",
+    "quartiles",
+    "x ours",
+    "first call s",
+    "peak MB",
+    "total MB",
+    "GFLOP/s",
+    "ceiling",
+)
+
+
+def _cells(result: Result, row: Row, ceilings: Ceilings) -> list[str]:
+    ours, gflops, share = result.ours, result.gflops(row), _share(result, row, ceilings)
+    spread = f"{milliseconds(row.low)} - {milliseconds(row.high)}" if row.timed else ""
+    return [
+        row.title,
+        row.status,
+        "" if row.error is None else f"{row.error:.0e}",
+        milliseconds(row.median),
+        spread,
+        f"{row.median / ours.median:.2f}" if row.median and ours and ours.median else "",
+        "" if row.first_call is None else f"{row.first_call:.2f}",
+        _megabytes(row.peak),
+        _megabytes(row.total_peak),
+        "" if gflops is None else f"{gflops:.1f}",
+        "" if share is None else f"{share:.0%}",
+    ]
+
+
+def _share(result: Result, row: Row, ceilings: Ceilings) -> float | None:
+    gflops = result.gflops(row)
+    return None if gflops is None else gflops / ceilings.as_dict()[result.workload.ceiling]
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Three significant digits.
+
+    >>> milliseconds(0.0123456), milliseconds(1.5), milliseconds(None)
+    ('12.3', '1500', '')
+    """
+    if seconds is None:
+        return ""
+    value = 1e3 * seconds
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _megabytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**20:.1f}"
+
+
+def _cost(count: Count | None) -> str:
+    if count is None:
+        return ""
+    return f"; {count.flops / 1e9:.3g} GFLOP, {count.flops / count.bytes:.1f} FLOP a byte"
