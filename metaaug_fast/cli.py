@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +19,10 @@ from tqdm import tqdm
 
 from . import checkpoint as checkpoints
 from . import recipes
-from .bench import rivals, suite, workloads
+from .bench import workloads
+from .bench.rivals import RIVALS
+from .bench.scaling import scaling
+from .bench.suite import bench
 from .data import Episodes
 from .demo import demo
 from .errors import CheckpointError, NonFiniteError, NotFusedError
@@ -117,18 +121,33 @@ def _bench(options: argparse.Namespace) -> int:
             print(f"{'*' if workload.core else ' '} {workload.name:40} {workload}")
         print("* in the default run")
         return 0
-    common = {"rounds": options.rounds, "first_call_limit": options.first_call_limit, "progress": not options.quiet}
-    chosen = {} if options.rivals is None else {"rivals": options.rivals}
-    if options.scaling:
-        print(suite.scaling(options.out, **chosen, **common))
-        names = ("scaling.md", "scaling.json", "scaling.png")
-    else:
-        selected = workloads.select(options.workloads or (), options.all)
-        report = suite.bench(selected, options.out, threads=options.threads, **chosen, **common)
-        print(f"{report.markdown()}\n{report.summary()}")
-        names = ("bench.md", "bench.json", "bench.png")
-    print(f"written: {', '.join(str(options.out / name) for name in names)}")
+    if options.scaling and options.threads is not None:
+        raise ValueError(f"threads must not be given with --scaling, which takes 1 and 2 (got {options.threads})")
+    settings = {"rounds": options.rounds, "first_call_limit": options.first_call_limit}
+    if options.rivals is not None:
+        settings["rivals"] = options.rivals
+    if not options.quiet:
+        settings["say"] = _say
+    with _ended_by_sigterm():
+        if options.scaling:
+            print(scaling(options.out, **settings), end="")
+        else:
+            selected = workloads.select(options.workloads or (), options.all)
+            report = bench(selected, options.out, threads=options.threads, **settings)
+            print(f"{report.markdown()}\n{report.summary()}")
+    name = "scaling" if options.scaling else "bench"
+    print("written: " + ", ".join(str(options.out / f"{name}.{suffix}") for suffix in ("md", "json", "png")))
     return 0
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises SystemExit, so that what was started is ended too."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _test(run: Settings, learner: Learner, count: int, episodes: Episodes) -> Evaluation:
@@ -244,13 +263,12 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("bench", help="time named workloads here and in other libraries, each checked first")
     command.set_defaults(run=_bench)
-    command.add_argument("--workloads", nargs="+", metavar="NAME", help="names or shell patterns (a core set)")
-    command.add_argument("--all", action="store_true", help="every workload")
-    command.add_argument("--list", action="store_true", help="print the workloads and stop")
-    command.add_argument("--rivals", nargs="+", metavar="NAME", help=f"{', '.join(rivals.RIVALS)} (all)")
-    command.add_argument(
-        "--scaling", action="store_true", help="in place of workloads: growth with tasks, steps, threads"
-    )
+    what = command.add_mutually_exclusive_group()
+    what.add_argument("--workloads", nargs="+", metavar="NAME", help="names or shell patterns (a core set)")
+    what.add_argument("--all", action="store_true", help="every workload")
+    what.add_argument("--list", action="store_true", help="print the workloads and stop")
+    what.add_argument("--scaling", action="store_true", help="growth with tasks, steps and threads instead")
+    command.add_argument("--rivals", nargs="+", metavar="NAME", help=f"{', '.join(RIVALS)} (all)")
     command.add_argument("--rounds", type=_count, default=9, help="in which rivals take turns (9)")
     command.add_argument("--first-call-limit", type=_seconds, default=300.0, metavar="SECONDS", help="(300)")
     command.add_argument("--out", type=Path, default=Path("bench"), help="folder for table, JSON and picture (bench)")
@@ -307,7 +325,11 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
-    tqdm.write(f"metaaug-fast: warning: {message}", file=sys.stderr)
+    _say(f"metaaug-fast: warning: {message}")
+
+
+def _say(text: str) -> None:
+    tqdm.write(text, file=sys.stderr)
 
 
 def _fail(options: argparse.Namespace, error: BaseException, code: int) -> int:

@@ -15,9 +15,8 @@ from jax import lax
 from torch import nn
 
 from ..tasks import TaskBatch
-from .workloads import Workload
+from .workloads import ADAM_BETAS, ADAM_EPS, Workload, sets
 
-BETAS, EPS = (0.0, 0.999), 1e-8  # Reptile's inner Adam
 Arrays = tuple[Any, ...]
 
 
@@ -25,115 +24,125 @@ def build(workload: Workload, model: nn.Module, tasks: TaskBatch) -> Callable[[]
     """A call that gives the arrays that `rivals.py` describes."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_x64", True)  # for the check; arrays of float32 stay what they are
-    predict = _NETS[workload.net](workload)
     parameters = tuple(jnp.array(value.detach().numpy()) for value in model.parameters())
-    adapted = [workload.adapt is None or name.startswith("head.") for name, _ in model.named_parameters()]
-    sets = [jnp.array(each.numpy()) for each in (tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y)]
-    rate = workload.inner_lr
-    convolutions = "conv" in workload.net
+    data = [jnp.array(each.numpy()) for each in sets(tasks)]
+    loss = _loss(workload)
+    if workload.kind == "reptile":
+        changes = _over_tasks(workload, _adam_change(workload, loss))
+        mean_change = jax.jit(lambda p, *data: jax.tree.map(lambda each: each.mean(0), changes(p, *data)))
+        return lambda: jax.block_until_ready(mean_change(parameters, *data[:2]))
+    losses = _over_tasks(workload, _adapted_loss(workload, model, loss))
+    if workload.kind == "evaluation":
+        evaluation = jax.jit(losses)
+        size = workload.batch or tasks.tasks
+        batches = [[each[at : at + size] for each in data] for at in range(0, tasks.tasks, size)]
+        return lambda: [jnp.concatenate(jax.block_until_ready([evaluation(parameters, *batch) for batch in batches]))]
+    meta_gradient = jax.jit(jax.grad(lambda p, *data: losses(p, *data).mean()))
+    return lambda: jax.block_until_ready(meta_gradient(parameters, *data))
 
-    def loss(p: Arrays, x: Any, y: Any) -> Any:
-        output = predict(p, x)
-        if workload.loss == "mse":
-            return jnp.mean((output - y) ** 2)
-        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(output), y[:, None], 1))
 
-    def moving(p: Arrays) -> Arrays:
-        return tuple(value for value, moves in zip(p, adapted, strict=True) if moves)
+def _over_tasks(workload: Workload, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function(parameters, *one task)` of every task."""
+    if "conv" in workload.net:
+        return lambda p, *data: lax.map(lambda task: function(p, *task), data)
+    return lambda p, *data: jax.vmap(lambda *task: function(p, *task))(*data)
+
+
+def _loss(workload: Workload) -> Callable[[Arrays, Any, Any], Any]:
+    predict = _NETS[workload.net]
+
+    def mse(p: Arrays, x: Any, y: Any) -> Any:
+        return jnp.mean((predict(p, x) - y) ** 2)
+
+    def cross_entropy(p: Arrays, x: Any, y: Any) -> Any:
+        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(predict(p, x)), y[:, None], 1))
+
+    return mse if workload.loss == "mse" else cross_entropy
+
+
+def _adapted_loss(workload: Workload, model: nn.Module, loss: Callable[..., Any]) -> Callable[..., Any]:
+    """The query loss after inner steps of SGD."""
+    adapts = [workload.adapts(name) for name, _ in model.named_parameters()]
 
     def merge(p: Arrays, moved: Arrays) -> Arrays:
         left = iter(moved)
-        return tuple(next(left) if moves else value for value, moves in zip(p, adapted, strict=True))
+        return tuple(next(left) if moves else value for value, moves in zip(p, adapts, strict=True))
 
-    def judged(p: Arrays, x: Any, y: Any, query_x: Any, query_y: Any) -> Any:
+    def adapted_loss(p: Arrays, x: Any, y: Any, query_x: Any, query_y: Any) -> Any:
         def step(fast: Arrays, _: None) -> tuple[Arrays, None]:
             inner = jax.grad(lambda moved: loss(merge(p, moved), x, y))(fast)
             if workload.first_order:
                 inner = lax.stop_gradient(inner)
-            return jax.tree.map(lambda w, g: w - rate * g, fast, inner), None
+            return jax.tree.map(lambda w, g: w - workload.inner_lr * g, fast, inner), None
 
-        fast, _ = lax.scan(step, moving(p), None, workload.inner_steps)
+        start = tuple(value for value, moves in zip(p, adapts, strict=True) if moves)
+        fast, _ = lax.scan(step, start, None, workload.inner_steps)
         return loss(merge(p, fast), query_x, query_y)
+
+    return adapted_loss
+
+
+def _adam_change(workload: Workload, loss: Callable[..., Any]) -> Callable[..., Any]:
+    """How far inner steps of Adam move the parameters."""
+    (beta1, beta2), rate = ADAM_BETAS, workload.inner_lr
 
     def change(p: Arrays, x: Any, y: Any) -> Any:
         def step(state: tuple[Arrays, Arrays, Arrays], number: Any) -> tuple[tuple[Arrays, Arrays, Arrays], None]:
             fast, moment, square = state
             inner = jax.grad(loss)(fast, x, y)
-            moment = jax.tree.map(lambda m, g: BETAS[0] * m + (1 - BETAS[0]) * g, moment, inner)
-            square = jax.tree.map(lambda s, g: BETAS[1] * s + (1 - BETAS[1]) * g * g, square, inner)
-            fast = jax.tree.map(
-                lambda w, m, s: w - rate * m / (1 - BETAS[0]**number) / (jnp.sqrt(s / (1 - BETAS[1]**number)) + EPS),
-                fast, moment, square,
-            )  # fmt: skip
-            return (fast, moment, square), None
+            moment = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, moment, inner)
+            square = jax.tree.map(lambda s, g: beta2 * s + (1 - beta2) * g * g, square, inner)
+
+            def move(w: Any, m: Any, s: Any) -> Any:
+                return w - rate * m / (1 - beta1**number) / (jnp.sqrt(s / (1 - beta2**number)) + ADAM_EPS)
+
+            return (jax.tree.map(move, fast, moment, square), moment, square), None
 
         zeros = jax.tree.map(jnp.zeros_like, p)
         numbers = jnp.arange(1, workload.inner_steps + 1, dtype=p[0].dtype)
         (fast, _, _), _ = lax.scan(step, (p, zeros, zeros), numbers)
         return jax.tree.map(lambda w, first: w - first, fast, p)
 
-    def over_tasks(p: Arrays, *sets: Any) -> Any:
-        if convolutions:
-            return lax.map(lambda task: judged(p, *task), sets)
-        return jax.vmap(judged, (None, 0, 0, 0, 0))(p, *sets)
-
-    def changes(p: Arrays, x: Any, y: Any) -> Any:
-        if convolutions:
-            return lax.map(lambda task: change(p, *task), (x, y))
-        return jax.vmap(change, (None, 0, 0))(p, x, y)
-
-    if workload.kind == "evaluation":
-        evaluation = jax.jit(over_tasks)
-        size = workload.batch or tasks.tasks
-        batches = [[each[at : at + size] for each in sets] for at in range(0, tasks.tasks, size)]
-        return lambda: [jnp.concatenate(jax.block_until_ready([evaluation(parameters, *batch) for batch in batches]))]
-    if workload.kind == "reptile":
-        mean = jax.jit(lambda p, x, y: jax.tree.map(lambda each: each.mean(0), changes(p, x, y)))
-        return lambda: jax.block_until_ready(mean(parameters, *sets[:2]))
-    meta_gradient = jax.jit(jax.grad(lambda p, *sets: over_tasks(p, *sets).mean()))
-    return lambda: jax.block_until_ready(meta_gradient(parameters, *sets))
+    return change
 
 
-Predict = Callable[[Arrays, Any], Any]
+def _mlp(p: Arrays, x: Any) -> Any:
+    x = x.reshape(len(x), -1)
+    for weight, bias in zip(p[:-2:2], p[1:-2:2], strict=True):
+        x = jax.nn.relu(x @ weight.T + bias)
+    return x @ p[-2].T + p[-1]
 
 
-def _mlp(workload: Workload) -> Predict:
-    def predict(p: Arrays, x: Any) -> Any:
-        x = x.reshape(len(x), -1)
-        for weight, bias in zip(p[:-2:2], p[1:-2:2], strict=True):
-            x = jax.nn.relu(x @ weight.T + bias)
-        return x @ p[-2].T + p[-1]
-
-    return predict
+def _omniglot_mlp(p: Arrays, x: Any) -> Any:
+    x = x.reshape(len(x), -1)
+    for weight, bias, scale, shift in _blocks(p):
+        x = jax.nn.relu(_batch_norm(x @ weight.T + bias, scale, shift, (0,)))
+    return x @ p[-2].T + p[-1]
 
 
-def _omniglot_mlp(workload: Workload) -> Predict:
-    def predict(p: Arrays, x: Any) -> Any:
-        x = x.reshape(len(x), -1)
-        for at in range(0, len(p) - 2, 4):
-            weight, bias, scale, shift = p[at : at + 4]
-            x = jax.nn.relu(_batch_norm(x @ weight.T + bias, scale, shift, (0,)))
-        return x @ p[-2].T + p[-1]
-
-    return predict
+def _conv4(p: Arrays, x: Any) -> Any:
+    for block in _blocks(p):
+        x = _conv_block(x, 1, *block)
+        samples, channels, height, width = x.shape
+        x = x[:, :, : height // 2 * 2, : width // 2 * 2]
+        x = x.reshape(samples, channels, height // 2, 2, width // 2, 2).max((3, 5))
+    return x.reshape(len(x), -1) @ p[-2].T + p[-1]
 
 
-def _conv4(workload: Workload, pool: bool = True) -> Predict:
-    stride = 1 if pool else 2
+def _strided_conv4(p: Arrays, x: Any) -> Any:
+    for block in _blocks(p):
+        x = _conv_block(x, 2, *block)
+    return x.mean((2, 3)) @ p[-2].T + p[-1]
 
-    def predict(p: Arrays, x: Any) -> Any:
-        for at in range(0, len(p) - 2, 4):
-            weight, bias, scale, shift = p[at : at + 4]
-            x = lax.conv_general_dilated(x, weight, (stride, stride), ((1, 1), (1, 1)))
-            x = jax.nn.relu(_batch_norm(x + bias[:, None, None], scale, shift, (0, 2, 3)))
-            if pool:
-                samples, channels, height, width = x.shape
-                x = x[:, :, : height // 2 * 2, : width // 2 * 2]
-                x = x.reshape(samples, channels, height // 2, 2, width // 2, 2).max((3, 5))
-        x = x.reshape(len(x), -1) if pool else x.mean((2, 3))
-        return x @ p[-2].T + p[-1]
 
-    return predict
+def _blocks(p: Arrays) -> list[Arrays]:
+    """Weight, bias, scale and shift of each block before the head."""
+    return [p[at : at + 4] for at in range(0, len(p) - 2, 4)]
+
+
+def _conv_block(x: Any, stride: int, weight: Any, bias: Any, scale: Any, shift: Any) -> Any:
+    x = lax.conv_general_dilated(x, weight, (stride, stride), ((1, 1), (1, 1))) + bias[:, None, None]
+    return jax.nn.relu(_batch_norm(x, scale, shift, (0, 2, 3)))
 
 
 def _batch_norm(x: Any, scale: Any, shift: Any, axes: tuple[int, ...]) -> Any:
@@ -143,9 +152,9 @@ def _batch_norm(x: Any, scale: Any, shift: Any, axes: tuple[int, ...]) -> Any:
     return centred * lax.rsqrt(variance + 1e-5) * scale.reshape(affine) + shift.reshape(affine)
 
 
-_NETS: dict[str, Callable[[Workload], Predict]] = {
+_NETS: dict[str, Callable[[Arrays, Any], Any]] = {
     "mlp": _mlp,
     "omniglot_mlp": _omniglot_mlp,
     "conv4": _conv4,
-    "strided_conv4": lambda workload: _conv4(workload, pool=False),
+    "strided_conv4": _strided_conv4,
 }

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .ceilings import Ceilings
-from .harness import Row
 from .operations import Count
-from .rivals import OURS
-from .workloads import FIRST_ORDER, Target, Workload
+from .rivals import OURS, RIVALS
+from .row import Row
+from .workloads import Target, Workload
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,10 @@ class Result:
     def gflops(self, row: Row) -> float | None:
         """The row's rate by the workload's own operations, whatever else the rival computes; GFLOP/s."""
         return self.count.flops / row.median / 1e9 if self.count and row.median else None
+
+    def times_ours(self, row: Row) -> float | None:
+        """How many times our time the row takes."""
+        return row.median / self.ours.median if row.median and self.ours and self.ours.median else None
 
     def exact(self, names: Sequence[str] = ()) -> list[Row]:
         """Timed rivals that are right, among these or all."""
@@ -62,42 +66,37 @@ class Report:
         return [judge(target, result, self.ceilings, self._twin(result)) for target in result.workload.targets]
 
     def _twin(self, result: Result) -> Result | None:
-        name = result.workload.name + FIRST_ORDER
-        return next((each for each in self.results if each.workload.name == name), None)
+        return next((each for each in self.results if each.workload.name == result.workload.twin), None)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; times in seconds, memory in bytes, rates in GFLOP/s."""
         return {
             "machine": dict(self.machine),
             "ceilings": self.ceilings.as_dict(),
-            "workloads": [
+            "workloads": [self._workload_as_dict(result) for result in self.results],
+        }
+
+    def _workload_as_dict(self, result: Result) -> dict[str, Any]:
+        return {
+            "name": result.workload.name,
+            "description": str(result.workload),
+            "flops": result.count and result.count.flops,
+            "bytes": result.count and result.count.bytes,
+            "rows": [
                 {
-                    "name": result.workload.name,
-                    "description": str(result.workload),
-                    "flops": result.count and result.count.flops,
-                    "bytes": result.count and result.count.bytes,
-                    "rows": [
-                        {
-                            **asdict(row),
-                            "gflops": result.gflops(row),
-                            "share_of_ceiling": _share(result, row, self.ceilings),
-                        }
-                        for row in result.rows
-                    ],
-                    "targets": [
-                        {**asdict(each.target), "value": each.value, "met": each.met, "text": each.text}
-                        for each in self.verdicts(result)
-                    ],
+                    **row.as_dict(),
+                    "gflops": result.gflops(row),
+                    "share_of_ceiling": _share(result, row, self.ceilings),
                 }
-                for result in self.results
+                for row in result.rows
             ],
+            "targets": [asdict(each) for each in self.verdicts(result)],
         }
 
     def markdown(self) -> str:
         """The table of every workload, with its targets under it."""
-        machine = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.machine.items())
         lines = [
-            f"Machine: {machine}.",
+            machine_line(self.machine),
             f"Ceilings: 3x3 convolution {self.ceilings.convolution:.0f} GFLOP/s, sgemm {self.ceilings.gemm:.0f} "
             f"GFLOP/s, copy {self.ceilings.copy:.1f} GB/s.",
             "",
@@ -122,27 +121,32 @@ class Report:
 def judge(target: Target, result: Result, ceilings: Ceilings, twin: Result | None = None) -> Verdict:
     """Whether our row keeps a target. twin: the first-order workload, for "cost"."""
     ours = result.ours
-    if ours is None or ours.median is None or ours.status != "exact":
+    if ours is None or ours.status != "exact":
         return Verdict(target, None, None, f"{target.quantity}: ours has no exact time")
     if target.quantity == "first call":
-        value = max(0.0, (ours.first_call or 0.0) - ours.median)
-        return _verdict(
-            target, value, f"first call takes {value:.2f} s more than a later one (at most {target.limit:g})"
-        )
+        value = max(0.0, (ours.first_call or 0.0) - (ours.median or 0.0))
+        text = f"first call takes {value:.2f} s more than a later one (at most {target.limit:g})"
+        return _verdict(target, value, text)
     if target.quantity == "ceiling":
         share = _share(result, ours, ceilings)
         if share is None:
             return Verdict(target, None, None, "ceiling: operations are not counted")
-        kind = result.workload.ceiling
-        return _verdict(target, share, f"{share:.0%} of the {kind} ceiling (at least {target.limit:.0%})")
+        text = f"{share:.0%} of the {result.workload.ceiling} ceiling (at least {target.limit:.0%})"
+        return _verdict(target, share, text)
     if target.quantity == "cost":
-        if twin is None or twin.ours is None or twin.ours.median is None:
-            return Verdict(target, None, None, "cost: its first-order twin was not timed")
-        value = ours.median / twin.ours.median
+        first_order = twin.ours if twin else None
+        if first_order is None or first_order.status != "exact":
+            return Verdict(target, None, None, "cost: its first-order twin has no exact time")
+        value = _times(ours, first_order)
         return _verdict(target, value, f"second order costs {value:.2f} first orders (at most {target.limit:g})")
+    return _against(target, result, ours)
+
+
+def _against(target: Target, result: Result, ours: Row) -> Verdict:
+    """Of the targets that take other rivals' rows: "speedup" and "memory"."""
     rivals = result.exact(target.rivals)
     if not rivals:
-        wanted = ", ".join(target.rivals) or "any"
+        wanted = ", ".join(RIVALS[name].title for name in target.rivals) or "any other"
         return Verdict(target, None, None, f"{target.quantity}: no exact time of {wanted}")
     if target.quantity == "memory":
         least = min(rivals, key=lambda row: row.peak or 0)
@@ -150,16 +154,25 @@ def judge(target: Target, result: Result, ceilings: Ceilings, twin: Result | Non
         sizes = f"{_megabytes(ours.peak)} against {_megabytes(least.peak)} MB of {least.title}"
         return _verdict(target, value, f"peak memory {sizes} (at most the least)")
     fastest = min(rivals, key=lambda row: row.median or 0.0)
-    value = (fastest.median or 0.0) / ours.median
+    value = _times(fastest, ours)
     absent = [row.title for row in result.rows if row.rival in target.rivals and row not in rivals]
     without = f", without {', '.join(absent)}" if absent else ""
     return _verdict(target, value, f"{value:.2f} times as fast as {fastest.title} (at least {target.limit:g}{without})")
 
 
+def _times(row: Row, other: Row) -> float:
+    """How many times the other's time a timed row takes."""
+    return (row.median or 0.0) / (other.median or 1.0)
+
+
 def _verdict(target: Target, value: float, text: str) -> Verdict:
     met = value >= target.limit if target.at_least else value <= target.limit
-    apart = value / target.limit - 1
-    return Verdict(target, value, met, text if met else f"{text}, off by {abs(apart):.0%}")
+    return Verdict(target, value, met, text if met else f"{text}, off by {abs(value / target.limit - 1):.0%}")
+
+
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """The machine in a sentence."""
+    return f"Machine: {', '.join(f'{name} {value}' for name, value in machine.items())}."
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -175,22 +188,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 _HEAD = (
-    "rival",
-    "check",
-    "error",
-    "ms",
-    "quartiles",
-    "x ours",
-    "first call s",
-    "peak MB",
-    "total MB",
-    "GFLOP/s",
-    "ceiling",
-)
+    "rival", "check", "error", "ms", "quartiles", "x ours", "first call s", "peak MB", "total MB", "GFLOP/s", "ceiling",
+)  # fmt: skip
 
 
 def _cells(result: Result, row: Row, ceilings: Ceilings) -> list[str]:
-    ours, gflops, share = result.ours, result.gflops(row), _share(result, row, ceilings)
+    times, gflops, share = result.times_ours(row), result.gflops(row), _share(result, row, ceilings)
     spread = f"{milliseconds(row.low)} - {milliseconds(row.high)}" if row.timed else ""
     return [
         row.title,
@@ -198,7 +201,7 @@ def _cells(result: Result, row: Row, ceilings: Ceilings) -> list[str]:
         "" if row.error is None else f"{row.error:.0e}",
         milliseconds(row.median),
         spread,
-        f"{row.median / ours.median:.2f}" if row.median and ours and ours.median else "",
+        "" if times is None else f"{times:.2f}",
         "" if row.first_call is None else f"{row.first_call:.2f}",
         _megabytes(row.peak),
         _megabytes(row.total_peak),
@@ -217,11 +220,13 @@ def milliseconds(seconds: float | None) -> str:
 
     >>> milliseconds(0.0123456), milliseconds(1.5), milliseconds(None)
     ('12.3', '1500', '')
+    >>> milliseconds(0.0047)
+    '4.70'
     """
     if seconds is None:
         return ""
     value = 1e3 * seconds
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def _megabytes(size: int | None) -> str:

@@ -25,12 +25,11 @@ from ..learners.maml import MAML
 from ..learners.reptile import Reptile
 from ..problem import NORMS
 from ..tasks import TaskBatch
-from .workloads import Workload
+from .workloads import ADAM_BETAS, ADAM_EPS, Workload, sets
 
 Call = Callable[[], Sequence[Any]]
 Build = Callable[[Workload, nn.Module, TaskBatch], Call]
 Weights = dict[str, Tensor]
-BETAS, EPS = (0.0, 0.999), 1e-8  # Reptile's inner Adam
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def plain_loop(workload: Workload, model: nn.Module, tasks: TaskBatch) -> Call:
         total = [torch.zeros_like(value) for value in parameters.values()]
         for x, y, _, _ in _each(tasks):
             fast = copy.deepcopy(net)
-            optimizer = torch.optim.Adam(fast.parameters(), workload.inner_lr, BETAS, EPS)
+            optimizer = torch.optim.Adam(fast.parameters(), workload.inner_lr, ADAM_BETAS, ADAM_EPS)
             for _ in range(workload.inner_steps):
                 optimizer.zero_grad()
                 _task_loss(workload, fast(x), y).backward()
@@ -153,7 +152,7 @@ def _vmapped(workload: Workload, net: nn.Module, tasks: TaskBatch, wrap: Callabl
     loss = _loss(workload, net)
     adapted = _adapted(workload, net)
     parameters = {name: value.detach() for name, value in net.named_parameters()}
-    rate = workload.inner_lr
+    rate, (beta1, beta2) = workload.inner_lr, ADAM_BETAS
 
     def sgd(p: Weights, x: Tensor, y: Tensor) -> Weights:
         for _ in range(workload.inner_steps):
@@ -167,32 +166,29 @@ def _vmapped(workload: Workload, net: nn.Module, tasks: TaskBatch, wrap: Callabl
         start, moment, square = p, *({name: torch.zeros_like(value) for name, value in p.items()} for _ in range(2))
         for step in range(1, workload.inner_steps + 1):
             inner = grad(loss)(p, x, y)
-            moment = {n: BETAS[0] * moment[n] + (1 - BETAS[0]) * inner[n] for n in p}
-            square = {n: BETAS[1] * square[n] + (1 - BETAS[1]) * inner[n].square() for n in p}
-            p = {
-                n: p[n]
-                - rate * moment[n] / (1 - BETAS[0] ** step) / ((square[n] / (1 - BETAS[1] ** step)).sqrt() + EPS)
-                for n in p
-            }
+            moment = {n: beta1 * moment[n] + (1 - beta1) * inner[n] for n in p}
+            square = {n: beta2 * square[n] + (1 - beta2) * inner[n].square() for n in p}
+            scale = {n: (square[n] / (1 - beta2**step)).sqrt() + ADAM_EPS for n in p}
+            p = {n: p[n] - rate * moment[n] / (1 - beta1**step) / scale[n] for n in p}
         return {name: p[name] - start[name] for name in p}
 
     def judged(p: Weights, x: Tensor, y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
         return loss(sgd(p, x, y), query_x, query_y)
 
-    def over_tasks(p: Weights, *sets: Tensor) -> Tensor:
-        return vmap(judged, (None, 0, 0, 0, 0))(p, *sets)
+    def over_tasks(p: Weights, *data: Tensor) -> Tensor:
+        return vmap(judged, (None, 0, 0, 0, 0))(p, *data)
 
     if workload.kind == "evaluation":
         evaluation = wrap(over_tasks)
-        batches = [_sets(batch) for batch in _batches(workload, tasks)]
+        batches = [sets(batch) for batch in _batches(workload, tasks)]
         return lambda: [torch.cat([evaluation(parameters, *batch) for batch in batches])]
-    sets = _sets(tasks)
+    data = sets(tasks)
     if workload.kind == "reptile":
-        changes = wrap(lambda p: vmap(adam, (None, 0, 0))(p, *sets[:2]))
+        changes = wrap(lambda p: vmap(adam, (None, 0, 0))(p, *data[:2]))
         return lambda: [value.mean(0) for value in changes(parameters).values()]
 
     def meta_loss(p: Weights) -> Tensor:
-        return over_tasks(p, *sets).mean()
+        return over_tasks(p, *data).mean()
 
     meta_gradient = wrap(grad(meta_loss))
     return lambda: list(meta_gradient(parameters).values())
@@ -322,6 +318,18 @@ RIVALS: dict[str, Rival] = {
 SHOWN_ONLY = ("vmap-batchnorm",)  # where a workload asks for them
 
 
+def check_rivals(names: Sequence[str]) -> list[str]:
+    """Ours and these, in the order of `RIVALS`.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    for name in names:
+        if name not in RIVALS:
+            raise ValueError(f"rivals must be among {', '.join(RIVALS)} (got {name!r})")
+    return [name for name in RIVALS if name == OURS or name in names]
+
+
 # --- what they share -----------------------------------------------------------------------------------------------
 
 
@@ -368,8 +376,7 @@ def _task_loss(workload: Workload, prediction: Tensor, target: Tensor) -> Tensor
 
 
 def _adapted(workload: Workload, net: nn.Module) -> list[str]:
-    """Names of the parameters that adapt: all, or ANIL's head."""
-    return [name for name, _ in net.named_parameters() if not workload.adapt or name.startswith("head.")]
+    return [name for name, _ in net.named_parameters() if workload.adapts(name)]
 
 
 def _moving(workload: Workload, net: nn.Module) -> nn.Module:
@@ -380,16 +387,10 @@ def _gradients(net: nn.Module) -> list[Tensor]:
     return [torch.zeros_like(each) if each.grad is None else each.grad.clone() for each in net.parameters()]
 
 
-def _sets(tasks: TaskBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y
-
-
 def _each(tasks: TaskBatch) -> list[tuple[Tensor, ...]]:
-    return list(zip(*_sets(tasks), strict=True))
+    return list(zip(*sets(tasks), strict=True))
 
 
 def _batches(workload: Workload, tasks: TaskBatch) -> list[TaskBatch]:
-    return [
-        TaskBatch(*sets)
-        for sets in zip(*(each.split(workload.batch or len(each)) for each in _sets(tasks)), strict=True)
-    ]
+    size = workload.batch or tasks.tasks
+    return [TaskBatch(*part) for part in zip(*(each.split(size) for each in sets(tasks)), strict=True)]

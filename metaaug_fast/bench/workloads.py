@@ -16,8 +16,7 @@ from ..learners.maml import MAML
 from ..learners.reptile import Reptile
 from ..tasks import TaskBatch
 
-KINDS = ("maml", "reptile", "evaluation")
-FIRST_ORDER = "-first-order"
+ADAM_BETAS, ADAM_EPS = (0.0, 0.999), 1e-8  # of Reptile's inner Adam
 
 
 @dataclass(frozen=True)
@@ -26,9 +25,8 @@ class Target:
 
     quantity: "speedup" (time of the fastest exact one among `rivals` over ours, at least `limit`; no rivals: all),
         "cost" (our second-order time over that of the first-order twin, at most), "ceiling" (share of the measured
-        ceiling, at least), "first call" (seconds more than
-        a later call, at most) or "memory" (our peak over the least of the exact rivals'
-        that compute the same, at most).
+        ceiling, at least), "first call" (seconds more than a later call, at most) or "memory" (our peak over the
+        least of the exact rivals, at most).
     """
 
     quantity: str
@@ -75,6 +73,11 @@ class Workload:
     core: bool = False
 
     @property
+    def twin(self) -> str:
+        """Name of the same workload in first order."""
+        return self.name + "-first-order"
+
+    @property
     def loss(self) -> str:
         """ "mse" for regression, else "cross_entropy"."""
         return "mse" if self.ways is None else "cross_entropy"
@@ -91,6 +94,10 @@ class Workload:
             f"Q={self.query}, {inner.get(self.kind, 'no graph')}{', head only' if self.adapt else ''}"
         )
 
+    def adapts(self, parameter: str) -> bool:
+        """Whether inner steps move the parameter of this name."""
+        return self.adapt is None or fnmatch.fnmatchcase(parameter, self.adapt)
+
     def model(self) -> nn.Module:
         """The network with its first weights, the same at every call; the random state is left as it was."""
         with torch.random.fork_rng(devices=[]):
@@ -104,17 +111,22 @@ class Workload:
             source = Episodes(Sinusoids(), shots=self.support, queries=self.query, tasks=self.tasks)
             return source.batch(0)
         generator = torch.Generator().manual_seed(2)
-        sets: list[Tensor] = []
+        drawn: list[Tensor] = []
         for count in (self.support, self.query):
-            sets.append(torch.rand(self.tasks, count, *self.sample, generator=generator))
-            sets.append(torch.arange(count).remainder(self.ways).repeat(self.tasks, 1))
-        return TaskBatch(*sets)
+            drawn.append(torch.rand(self.tasks, count, *self.sample, generator=generator))
+            drawn.append(torch.arange(count).remainder(self.ways).repeat(self.tasks, 1))
+        return TaskBatch(*drawn)
 
     def learner(self, model: nn.Module) -> MAML | Reptile:
         """Ours, on a model."""
         if self.kind == "reptile":
-            return Reptile(model, self.inner_lr, self.inner_steps, loss=self.loss)
+            return Reptile(model, self.inner_lr, self.inner_steps, loss=self.loss, betas=ADAM_BETAS)
         return MAML(model, self.inner_lr, self.inner_steps, self.first_order, self.loss, self.adapt)
+
+
+def sets(tasks: TaskBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Support inputs and targets, query inputs and targets."""
+    return tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y
 
 
 def faster(limit: float, *rivals: str) -> Target:
@@ -174,7 +186,7 @@ def _first_order(workload: Workload) -> Workload:
     against_loop = (faster(3, "loop"),) if workload.net == "conv4" and not workload.adapt else ()
     core = workload.core and any(target.quantity == "cost" for target in workload.targets)
     return replace(
-        workload, name=workload.name + FIRST_ORDER, first_order=True, targets=EVERYWHERE + against_loop, shows=(),
+        workload, name=workload.twin, first_order=True, targets=EVERYWHERE + against_loop, shows=(),
         core=core,
     )  # fmt: skip
 
@@ -210,8 +222,8 @@ def select(patterns: Sequence[str] = (), every: bool = False) -> list[Workload]:
     ['anil-conv4-t8-k5', 'anil-conv4-t8-k5-first-order']
     """
     for pattern in patterns:
-        if not fnmatch.filter(WORKLOADS, pattern):
-            raise ValueError(f"workloads must be among {', '.join(WORKLOADS)} (got {pattern!r})")
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in WORKLOADS):
+            raise ValueError(f"workloads must be names or patterns of those that --list shows (got {pattern!r})")
     if patterns:
         return [each for name, each in WORKLOADS.items() if any(fnmatch.fnmatchcase(name, one) for one in patterns)]
     return [each for each in WORKLOADS.values() if every or each.core]
