@@ -15,6 +15,7 @@ from .row import Row
 from .worker import RivalError, Worker
 from .workloads import Workload
 
+BUILD_LIMIT = 120.0  # seconds to start a process and import its library
 ROUND_SECONDS = 0.2
 ENOUGH = 3  # rounds, after which a rival that has used up its time stops
 
@@ -34,7 +35,7 @@ def measure(
 
     Args:
         threads: of every rival, each on the same so many cores.
-        limit: seconds after which a rival that is not through its first call is ended.
+        limit: seconds after which a rival that is not through its first call, or a later one, is ended.
         budget: seconds of rounds after which a rival stops before `rounds`, if it has `ENOUGH`.
     """
     names = [name for name in names if name not in SHOWN_ONLY or name in workload.shows]
@@ -73,7 +74,7 @@ def _start(
         return found
 
     try:
-        worker.ask(commands.build, rival.build, workload, tasks, limit=limit)
+        worker.ask(commands.build, rival.build, workload, tasks, limit=BUILD_LIMIT)
         first: commands.FirstCall = worker.ask(commands.first_call, limit=limit)
         row.first_call, row.peak, row.total_peak = first.seconds, first.peak, first.total_peak
         check.judge(row, first.arrays, again)

@@ -126,8 +126,7 @@ def _draw_roofline(axes: Axes, ceilings: Ceilings, results: Sequence[Result]) ->
         axes.plot([low, min(corner, high), high], [low * ceilings.copy, min(top, high * ceilings.copy), top], color=INK,
                   lw=1.2, ls="-" if "conv" in name else "--")  # fmt: skip
         axes.text(high, top * 1.06, f"{name} {top:.0f} GFLOP/s", ha="right", fontsize=8, color=INK)
-    axes.text(low * 1.1, low * 1.4 * ceilings.copy, f"copy {ceilings.copy:.0f} GB/s", fontsize=8, color=INK,
-              rotation=35, va="bottom")  # fmt: skip
+    axes.text(low * 1.4, low * ceilings.copy, f"copy {ceilings.copy:.0f} GB/s", fontsize=8, color=INK)
     for number, (result, count) in enumerate(_counted(results), 1):
         intensity = count.flops / count.bytes
         for row in result.rows:

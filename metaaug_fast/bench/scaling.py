@@ -11,7 +11,7 @@ import numpy as np
 
 from ..checkpoint import write_atomically, write_json
 from . import worker as commands
-from .harness import measure, take_turns
+from .harness import BUILD_LIMIT, measure, take_turns
 from .machine import check_out, machine
 from .pictures import draw_scaling
 from .report import machine_line, milliseconds, table
@@ -142,7 +142,7 @@ def thread_gain(workload: Workload, rounds: int, limit: float, say: Callable[[st
     try:
         results = []
         for worker in workers.values():
-            worker.ask(commands.build, RIVALS[OURS].build, workload, tasks, limit=limit)
+            worker.ask(commands.build, RIVALS[OURS].build, workload, tasks, limit=BUILD_LIMIT)
             results.append(worker.ask(commands.first_call, limit=limit).arrays)
         take_turns(workers, rows, rounds, limit, BUDGET)
     finally:
