@@ -1,5 +1,6 @@
 """The console program, as a user starts it."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from metaaug_fast import checkpoint
+from metaaug_fast.bench.workloads import WORKLOADS
 from metaaug_fast.cli import main
 
 PROGRAM = Path(sys.executable).with_name("metaaug-fast")
@@ -182,6 +184,20 @@ BAD = [
     (["evaluate", "absent.safetensors"], "no checkpoint at absent.safetensors"),
     (["explain", "--model", "os:getcwd"], "must be an nn.Module or make one (got str)"),
     (["explain", "--model", "conv4", "--shape", "1,x"], "--shape: must be an integer >= 1 (got x)"),
+    (["bench", "--workloads", "nope"], "workloads must be names or patterns of those that --list shows (got 'nope')"),
+    (["bench", "--rivals", "nope"], "rivals must be among metaaug_fast, loop, "),
+    (["bench", "--scaling", "--rivals", "nope"], "(got 'nope')"),
+    (["bench", "--rounds", "0"], "--rounds: must be an integer >= 1 (got 0)"),
+    (["bench", "--threads", "4096"], "threads must be at most the "),
+    (["bench", "--threads", "x"], "--threads: must be an integer >= 1 (got x)"),
+    (["bench", "--scaling", "--threads", "1"], "threads must not be given with --scaling, which takes 1 and 2 (got 1)"),
+    (["bench", "--first-call-limit", "0"], "--first-call-limit: must be above 0 (got 0)"),
+    (["bench", "--all", "--workloads", "conv4*"], "--workloads: not allowed with argument --all"),
+    (
+        ["bench", "--out", "/dev/null/x"],
+        "out must be a folder that can be written to (got /dev/null/x: Not a directory)",
+    ),
+    (["bench", "--scaling", "--out", "/dev/null/x"], "out must be a folder that can be written to (got /dev/null/x: "),
 ]
 
 
@@ -198,6 +214,61 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_p
     assert shown.count("\n") == 1
     assert shown.startswith("metaaug-fast")
     assert not list(tmp_path.iterdir())
+
+
+def test_bench_lists_its_workloads(capsys):
+    assert main(["bench", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(WORKLOADS) + 1
+    assert any(line.startswith("* conv4-t8-k1 ") and "T=8 K=1 S=5 Q=5, second order" in line for line in lines)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_bench_and_its_processes(tmp_path, number):
+    """What is finished stays, and no process is left in the background."""
+    out, mark = tmp_path / "out", f"METAAUG_TEST_RUN={tmp_path}"
+    process = subprocess.Popen(
+        [
+            PROGRAM,
+            "bench",
+            "--workloads",
+            "sinusoid-t25-k1*",
+            "--rivals",
+            "metaaug_fast",
+            "--rounds",
+            "1",
+            "--out",
+            out,
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, mark.partition("=")[0]: str(tmp_path)},
+    )
+    assert process.stderr is not None
+    shown = ""
+    while "sinusoid-t25-k1-first-order: metaaug_fast" not in shown:
+        line = process.stderr.readline()
+        assert line, shown
+        shown += line
+    process.send_signal(number)
+    rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number, rest
+    assert "Traceback" not in shown + rest
+    assert [each["name"] for each in json.loads((out / "bench.json").read_text())["workloads"]] == ["sinusoid-t25-k1"]
+    deadline = time.monotonic() + 10
+    while left := _processes_with(mark):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def _processes_with(mark):
+    """Ids of processes in whose environment this stands."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if mark in path.read_bytes().decode(errors="replace").split("\0"):
+                found.append(path.parent.name)
+    return found
 
 
 def test_real_program_fails_without_a_traceback(tmp_path):
