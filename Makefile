@@ -12,7 +12,7 @@ NATIVE  := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' 
 CUDA    := $(filter %.cu,$(NATIVE))
 SOURCES := $(wildcard setup.py pyproject.toml) $(filter csrc/%,$(NATIVE))
 
-.PHONY: help venv install demo test lint format clean
+.PHONY: help venv install demo test bench bench-ops lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,8 @@ help:
 	@echo "make demo      train on Glyphs, then evaluate and draw: demo/*.png and a checkpoint"
 	@echo "make test      formatters, linters, types, native sanitizers, tests"
 	@echo "make lint      the first three of these"
+	@echo "make bench     time the workloads here and in other libraries, which it installs: bench/ (BENCH=\"--list\": which)"
+	@echo "make bench-ops time single ops beside plain torch"
 	@echo "make format    reformat Python and C++"
 	@echo "make clean     remove what was built, but not $(VENV)"
 
@@ -65,6 +67,19 @@ endif
 test: lint
 	$(BIN)/python -m pytest -q
 
+# learn2learn has no release that pip can build: see its row in the table.
+bench: $(VENV)/.bench-all
+	$(BIN)/metaaug-fast bench $(BENCH)
+
+bench-ops: $(VENV)/.bench
+	$(BIN)/python -m pytest -q benchmarks --benchmark-sort=name --benchmark-columns=median,iqr,rounds
+
+# metaaug_fast itself is there already, so only what the extra names is installed.
+$(VENV)/.bench $(VENV)/.bench-all: $(VENV)/.package
+	@echo "installing metaaug_fast[$(@:$(VENV)/.%=%)] into $(VENV)"
+	@$(PIP) 'metaaug_fast[$(@:$(VENV)/.%=%)]'
+	@touch $@
+
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -73,5 +88,5 @@ ifneq ($(NATIVE),)
 endif
 
 clean:
-	rm -rf build dist demo *.egg-info metaaug_fast/*.so $(VENV)/.package
+	rm -rf build dist demo bench *.egg-info metaaug_fast/*.so $(VENV)/.package
 	find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +
