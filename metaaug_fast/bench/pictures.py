@@ -56,6 +56,9 @@ def draw_scaling(growths: Sequence[Growth], path: str | Path) -> None:
                 axes.plot(*zip(*points, strict=True), "o-", color=COLORS[curve.rival], lw=1.8, ms=4, label=curve.title)
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_xticks(growth.xs, [str(x) for x in growth.xs])
+        axes.minorticks_off()
         axes.set_title(growth.title, loc="left", fontsize=11, color=INK)
         _style(axes, growth.title.split()[0], "ms a meta-gradient")
         axes.legend(frameon=False, fontsize=9, labelcolor=INK)
@@ -109,6 +112,7 @@ def _draw_bars(axes: Axes, results: Sequence[Result]) -> None:
             at += 1
         at += 1.2
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlim(start, 6 * max(times))
     axes.axvline(1, color=ACCENT, lw=0.8, zorder=0)
     axes.set_yticks(ticks, labels)
@@ -140,6 +144,8 @@ def _draw_roofline(axes: Axes, ceilings: Ceilings, results: Sequence[Result]) ->
                 axes.annotate(str(number), (intensity, rate), (5, 4), textcoords="offset points", fontsize=8, color=INK)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlim(low, high)
     _style(axes, "FLOP per byte, every product's operands read and written once", "GFLOP/s")
 

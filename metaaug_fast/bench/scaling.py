@@ -53,7 +53,8 @@ class Growth:
         ]
         head = [self.title.split()[0], *(curve.title for curve in self.curves)]
         notes = {f"* {row.title}: {row.note}": None for curve in self.curves for row in curve.rows if row.note}
-        return [f"## {self.title}: ms a meta-gradient, sinusoid MLP, one thread", "", *table(head, cells), "", *notes]
+        title = f"## {self.title}: ms a meta-gradient, sinusoid MLP, one thread"
+        return [title, "", *table(head, cells), "", *([*notes, ""] if notes else [])]
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def thread_gain(workload: Workload, rounds: int, limit: float, say: Callable[[st
 def _markdown(facts: Mapping[str, Any], growths: Sequence[Growth], gains: Sequence[Gain]) -> str:
     lines = [machine_line(facts), ""]
     for growth in growths:
-        lines += [*growth.markdown(), ""]
+        lines += growth.markdown()
     lines += ["## Threads", ""]
     if gains:
         head = ("metaaug_fast", "1 thread, ms", "2 threads, ms", "gain", f"at least {TWO_THREADS}", "same bits")

@@ -147,7 +147,7 @@ def test_pictures(report, tmp_path):
     growth = Growth("T tasks", (1, 4), [Curve("jax", "JAX", [row("jax", 1.0), row("jax", status="cut off")])])
     draw_scaling([growth, growth], tmp_path / "scaling.png")
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("bench.png", "empty.png", "scaling.png"))
-    assert "| 4 | cut off |" in growth.markdown()
+    assert "| 4  | cut off |" in growth.markdown()
 
 
 def test_two_threads_are_judged_by_time_and_by_bits():
