@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from .. import reference
-from ..problem import Query, Support
+from ..problem import InnerProblem, Query, Support
 from ..tasks import TaskBatch
 from .row import Row
 from .worker import RivalError
@@ -58,12 +57,19 @@ class Check:
     def _error(self, found: list[np.ndarray], tasks: int) -> float:
         if tasks not in self._known:
             self._known[tasks] = expected(self.workload, tasks)
-        got, wanted = (_join(self.workload, arrays) for arrays in (found, self._known[tasks]))
+        wanted = self._known[tasks]
         if self.workload.kind == "evaluation":
-            got = got[: len(wanted)]
-        if got.shape != wanted.shape or not np.isfinite(got).all():
+            found = [np.concatenate(found)[: len(wanted[0])]]
+        if [each.shape for each in found] != [each.shape for each in wanted]:
             return float("inf")
-        return float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+        got, right = (self._join(arrays) for arrays in (found, wanted))
+        return float(np.linalg.norm(got - right) / np.linalg.norm(right)) if np.isfinite(got).all() else float("inf")
+
+    def _join(self, arrays: list[np.ndarray]) -> np.ndarray:
+        """One vector of all that is checked."""
+        names = (name for name, _ in self.workload.model().named_parameters())
+        pairs = zip(names, arrays, strict=False)  # an evaluation has one array
+        return np.concatenate([each.ravel() for name, each in pairs if self.workload.checks(name)])
 
 
 def expected(workload: Workload, tasks: int) -> list[np.ndarray]:
@@ -72,35 +78,22 @@ def expected(workload: Workload, tasks: int) -> list[np.ndarray]:
     Of an evaluation the losses of no more than `JUDGED` tasks.
     """
     inputs = workload.inputs().to(torch.float64)
-    learner = workload.learner(workload.model().double())
-    problem = learner.problem()
+    problem = workload.learner(workload.model().double()).problem()
     if workload.kind == "evaluation":
         tasks = min(tasks, JUDGED)
-    results: list[np.ndarray] = []
+    each_task = []
     for task in range(tasks):
         x, y, query_x, query_y = (each[task : task + 1] for each in sets(inputs))
-        support, query = Support(x, y), Query(query_x, query_y)
-        if workload.kind == "maml":
-            loss = reference.meta_loss(problem, support, query).loss
-            parts = torch.autograd.grad(loss, list(problem.parameters.values()))
-        elif workload.kind == "reptile":
-            moved = reference.unpack(problem, reference.adapt(problem, support)[0])
-            parts = tuple(moved[name] - value for name, value in problem.parameters.items())
-        else:
-            parts = (reference.meta_loss(problem, support, query).task_losses,)
-        results.append(np.concatenate([part.detach().numpy().ravel() for part in parts]))
-    if workload.kind == "evaluation":
-        return results
-    mean = np.mean(results, 0)
-    sizes = np.cumsum([value.numel() for value in problem.parameters.values()])[:-1]
-    return list(np.split(mean, sizes))
+        each_task.append(_of_a_task(workload.kind, problem, Support(x, y), Query(query_x, query_y)))
+    combine = np.concatenate if workload.kind == "evaluation" else np.mean
+    return [combine(arrays, axis=0) for arrays in zip(*each_task, strict=True)]
 
 
-def _join(workload: Workload, arrays: list[np.ndarray]) -> np.ndarray:
-    names = [name for name, _ in workload.model().named_parameters()]
-    kept = [
-        each
-        for index, each in enumerate(arrays)
-        if not workload.unchecked or not fnmatch.fnmatchcase(names[index], workload.unchecked)
-    ]
-    return np.concatenate([np.ravel(each) for each in kept])
+def _of_a_task(kind: str, problem: InnerProblem, support: Support, query: Query) -> list[np.ndarray]:
+    if kind == "reptile":
+        moved = reference.unpack(problem, reference.adapt(problem, support)[0])
+        return [(moved[name] - value).detach().numpy() for name, value in problem.parameters.items()]
+    judged = reference.meta_loss(problem, support, query)
+    if kind == "evaluation":
+        return [judged.task_losses.detach().numpy()]
+    return [each.numpy() for each in torch.autograd.grad(judged.loss, list(problem.parameters.values()))]

@@ -23,7 +23,6 @@ import torch
 from torch import nn
 
 from ..lowering import Graph, Op, lower
-from ..problem import InnerProblem
 from .workloads import Workload
 
 
@@ -41,29 +40,35 @@ class Count:
         return Count(self.flops * times, self.bytes * times)
 
 
-def count(workload: Workload, problem: InnerProblem) -> Count:
+def count(workload: Workload) -> Count:
     """Operations and bytes of one call of the workload.
 
     Raises:
         NotFusedError: the model cannot be lowered.
     """
+    problem = workload.learner(workload.model()).problem()
     graph = lower(problem.model, workload.sample)
     support, query = workload.support, workload.query
     total = Count(0, 0)
     for op, product in _products(graph, problem.model):
         moves_in, learns_in = _upstream(graph, op, set(problem.rates)), _upstream(graph, op, set(problem.parameters))
         moves_own = op.params[0] in problem.rates
-        moves = moves_in or moves_own
-        steps = workload.inner_steps if moves else min(workload.inner_steps, 1)
+        steps = workload.inner_steps if moves_in or moves_own else min(workload.inner_steps, 1)
         inner = 1 + moves_own + moves_in
         if not workload.first_order:
-            if moves:
-                inner += moves_in + moves_own + (1 + moves_in) + learns_in * (1 + moves_own)
-            else:
-                inner += 1 + learns_in
+            inner += _to_differentiate(moves_own, moves_in, learns_in)
         outer = {"maml": 2 + learns_in, "evaluation": 1, "reptile": 0}[workload.kind]
         total += product(support) * (steps * inner) + product(query) * outer
     return total * workload.tasks
+
+
+def _to_differentiate(moves_own: bool, moves_in: bool, learns_in: bool) -> int:
+    """Products of a layer to go back through an inner step whose weights, or those before, move."""
+    if not (moves_own or moves_in):
+        return 1 + learns_in
+    tangent_forward = moves_own + moves_in
+    tangent_backward = 1 + moves_in + learns_in * (1 + moves_own)
+    return tangent_forward + tangent_backward
 
 
 def _products(graph: Graph, model: nn.Module) -> list[tuple[Op, Product]]:

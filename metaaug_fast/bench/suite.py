@@ -70,6 +70,6 @@ def _measure_ceilings(state: dict[str, Any]) -> Ceilings:
 
 def _count(workload: Workload) -> Count | None:
     try:
-        return count(workload, workload.learner(workload.model()).problem())
+        return count(workload)
     except NotFusedError:
         return None

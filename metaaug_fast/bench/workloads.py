@@ -98,6 +98,10 @@ class Workload:
         """Whether inner steps move the parameter of this name."""
         return self.adapt is None or fnmatch.fnmatchcase(parameter, self.adapt)
 
+    def checks(self, parameter: str) -> bool:
+        """Whether the check takes in what belongs to this parameter."""
+        return not fnmatch.fnmatchcase(parameter, self.unchecked)
+
     def model(self) -> nn.Module:
         """The network with its first weights, the same at every call; the random state is left as it was."""
         with torch.random.fork_rng(devices=[]):

@@ -15,11 +15,6 @@ def off_by_a_percent(workload, model, tasks):
     return lambda: [1.01 * each for each in call()]
 
 
-def too_long(workload, model, tasks):
-    call = plain_loop(workload, model, tasks)
-    return lambda: [*call(), *call()]
-
-
 def raising(workload, model, tasks):
     def call():
         raise ValueError("no such op\nsecond line")

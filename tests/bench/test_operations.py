@@ -9,10 +9,6 @@ from metaaug_fast.bench.operations import count
 from metaaug_fast.bench.workloads import Workload
 
 
-def counted(workload):
-    return count(workload, workload.learner(workload.model()).problem())
-
-
 @pytest.fixture
 def sizes():
     """Tasks, support, query and steps, other ones in every run."""
@@ -52,7 +48,7 @@ def test_two_layers(sizes, others, first_step, second_step, first_query, second_
     first, second = 2 * 3 * 7, 2 * 7 * 2
     inner = support * steps * (first_step * first + second_step * second)
     outer = query * (first_query * first + second_query * second)
-    assert counted(two_layers(sizes, **others)).flops == tasks * (inner + outer)
+    assert count(two_layers(sizes, **others)).flops == tasks * (inner + outer)
 
 
 def test_bytes_of_two_layers(sizes):
@@ -63,7 +59,7 @@ def test_bytes_of_two_layers(sizes):
 
     inner = steps * (2 * product(support, 3, 7) + 3 * product(support, 7, 2))
     outer = 2 * product(query, 3, 7) + 3 * product(query, 7, 2)
-    assert counted(two_layers(sizes, first_order=True)).bytes == tasks * (inner + outer)
+    assert count(two_layers(sizes, first_order=True)).bytes == tasks * (inner + outer)
 
 
 def test_convolutions(sizes):
@@ -71,9 +67,9 @@ def test_convolutions(sizes):
     second_order, (first, *others) = conv4(sizes)
     outer = query * (2 * first + 3 * sum(others))
     inner = support * steps * (4 * first + 9 * sum(others))
-    assert counted(second_order).flops == tasks * (inner + outer)
+    assert count(second_order).flops == tasks * (inner + outer)
     inner = support * steps * (2 * first + 3 * sum(others))
-    assert counted(replace(second_order, first_order=True)).flops == tasks * (inner + outer)
+    assert count(replace(second_order, first_order=True)).flops == tasks * (inner + outer)
 
 
 def test_head_only(sizes):
@@ -82,6 +78,6 @@ def test_head_only(sizes):
     second_order, (first, *body, head) = conv4(sizes, adapt="head.*")
     outer = query * (2 * first + 3 * sum(body) + 3 * head)
     inner = support * (2 * first + 3 * sum(body) + steps * 6 * head)  # head: y, dw, x w', x^T dy', dy' w^T + dy w'^T
-    assert counted(second_order).flops == tasks * (inner + outer)
+    assert count(second_order).flops == tasks * (inner + outer)
     inner = support * (first + sum(body) + steps * 2 * head)
-    assert counted(replace(second_order, first_order=True)).flops == tasks * (inner + outer)
+    assert count(replace(second_order, first_order=True)).flops == tasks * (inner + outer)
