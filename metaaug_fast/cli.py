@@ -133,7 +133,11 @@ def _bench(options: argparse.Namespace) -> int:
             print(scaling(options.out, **settings), end="")
         else:
             selected = workloads.select(options.workloads or (), options.all)
-            report = bench(selected, options.out, threads=options.threads, **settings)
+            try:
+                report = bench(selected, options.out, threads=options.threads, **settings)
+            except (KeyboardInterrupt, SystemExit):
+                _say(f"stopped; finished workloads are in {options.out / 'bench.json'}")
+                raise
             print(f"{report.markdown()}\n{report.summary()}")
     name = "scaling" if options.scaling else "bench"
     print("written: " + ", ".join(str(options.out / f"{name}.{suffix}") for suffix in ("md", "json", "png")))

@@ -253,6 +253,7 @@ def test_signal_ends_bench_and_its_processes(tmp_path, number):
     process.send_signal(number)
     rest = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + number, rest
+    assert rest.endswith(f"stopped; finished workloads are in {out / 'bench.json'}\n")
     assert "Traceback" not in shown + rest
     assert [each["name"] for each in json.loads((out / "bench.json").read_text())["workloads"]] == ["sinusoid-t25-k1"]
     deadline = time.monotonic() + 10

@@ -21,8 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from ..errors import NotFusedError
 from ..learners.maml import MAML
 from ..learners.reptile import Reptile
+from ..lowering import lower
 from ..problem import NORMS
 from ..tasks import TaskBatch
 from .workloads import ADAM_BETAS, ADAM_EPS, Workload, sets
@@ -275,6 +277,14 @@ def with_jax(workload: Workload, model: nn.Module, tasks: TaskBatch) -> Call:
     return build(workload, model, tasks)
 
 
+def _not_fused(workload: Workload) -> str:
+    try:
+        lower(workload.model(), workload.sample)
+    except NotFusedError as error:
+        return f"not fused: {error}"
+    return ""
+
+
 def _only_second_order(workload: Workload) -> str | None:
     if workload.kind != "maml":
         return "differentiates through inner loops only"
@@ -303,7 +313,7 @@ _LEARN2LEARN = (
     "and put its folder on PYTHONPATH"
 )
 RIVALS: dict[str, Rival] = {
-    OURS: Rival("metaaug_fast", ours),
+    OURS: Rival("metaaug_fast", ours, remark=_not_fused),
     "loop": Rival("plain loop", plain_loop),
     "learn2learn": Rival("learn2learn", with_learn2learn, "learn2learn", _LEARN2LEARN, _only_maml),
     "higher": Rival("higher", with_higher, "higher", "pip install 'metaaug_fast[bench-higher]'", _only_second_order),

@@ -46,8 +46,13 @@ class Worker:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, threads), daemon=True)
         self.alive = True
-        with _surroundings(threads):
-            self._process.start()
+        try:
+            with _surroundings(threads):
+                self._process.start()
+        except BaseException:
+            if self._process.pid is not None:
+                self._process.kill()
+            raise
         assert self._process.pid is not None
         self._pid = self._process.pid
         theirs.close()
@@ -96,7 +101,7 @@ def _surroundings(threads: int) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in wanted}
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else None
     os.environ.update(wanted)
-    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
     if allowed is not None:
         os.sched_setaffinity(0, sorted(allowed)[:threads])
     try:
@@ -115,6 +120,7 @@ def _surroundings(threads: int) -> Iterator[None]:
 def _serve(pipe: Connection, threads: int) -> None:
     """The process: one command at a time until the pipe closes; then it ends itself and those that it started."""
     os.setsid()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
     state: dict[str, Any] = {}

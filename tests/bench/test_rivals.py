@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from metaaug_fast import models
 from metaaug_fast.bench.check import expected
 from metaaug_fast.bench.rivals import OURS, RIVALS
 from metaaug_fast.bench.workloads import WORKLOADS, Workload, select
@@ -46,6 +47,14 @@ def test_is_exact(name, tiny):
     assert [each.shape for each in found] == [each.shape for each in wanted]
     found, wanted = (np.concatenate([each.ravel() for each in arrays]) for arrays in (found, wanted))
     assert np.linalg.norm(found - wanted) < 1e-9 * np.linalg.norm(wanted)
+
+
+def test_ours_says_where_it_is_not_fused(monkeypatch):
+    monkeypatch.setattr(
+        models, "odd", lambda: torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.SELU()), raising=False
+    )
+    assert RIVALS[OURS].remark(REGRESSION) == ""
+    assert RIVALS[OURS].remark(replace(REGRESSION, net="odd", options={})).startswith("not fused: ")
 
 
 def test_workloads_are_the_same_at_every_call():
