@@ -178,7 +178,7 @@ _WRITTEN = (
     _pictures("strided-conv4-20way-t4-k5", "strided_conv4", 4, 5, 20, 20, ways=20),
     _pictures(
         "miniimagenet-conv4-t4-k5", "conv4", 4, 5, 5, 75, Target("cost", 2.9), sample=(3, 84, 84),
-        options=_MINI_IMAGENET, core=True,
+        options=_MINI_IMAGENET, inner_lr=0.01, core=True,
     ),
     _pictures("resnet12-t4-k1", "resnet12", 4, 1, 5, 5, sample=(3, 32, 32), options=_NARROW, core=True),
     _pictures("anil-conv4-t8-k5", "conv4", 8, 5, 5, 5, adapt="head.*", core=True),
