@@ -4,7 +4,8 @@ Each takes the workload, its model and its tasks, and gives a call without argum
 meta-gradient (of Reptile the mean change) in the order of `named_parameters`, or of an evaluation the tasks' losses.
 
 Batch norm takes the batch's own statistics. In second order it is written out from means for every rival, because the
-double backward of `F.batch_norm` is several times slower and under `vmap` wrong; in first order torch's own is faster.
+double backward of `F.batch_norm` is several times slower and under `vmap` wrong; in first order loops take torch's own,
+which is faster.
 """
 
 from __future__ import annotations
