@@ -108,6 +108,7 @@ class Executor final : public cpu::Engine<T> {
     const Network<T>*support = nullptr, *query = nullptr;
     bool keep_path = false;        // theta_0..theta_K, for the reverse sweep
     bool keep_directions = false;  // m_1..m_K, for the gradient of the rates
+    bool remembers = false;        // m_k at least, for momentum or the former
     int slots = 0;                 // steps whose activations are kept
   };
 
@@ -142,6 +143,7 @@ class Executor final : public cpu::Engine<T> {
     if (call.query.x) plan.query = &network(call.query.count, adapted, wanted, call.grad_query_x != nullptr);
     plan.keep_path = call.reverse() && steps > 0 && (!call.settings.first_order || call.step_weights);
     plan.keep_directions = call.grad_rates != nullptr;
+    plan.remembers = plan.keep_directions || call.settings.momentum != 0;
     if (plan.support) {
       const Network<T>& net = *plan.support;
       const int64_t bytes = (2 * net.values_size + net.saved_size) * int64_t(sizeof(T));

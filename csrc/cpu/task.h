@@ -23,7 +23,7 @@ struct Executor<T>::Worker {
   T *sum = nullptr, *rate_sum = nullptr;
 
   // Of size P: weights of every step, or one set that is overwritten; directions likewise.
-  T *path, *directions, *gradient, *second = nullptr, *adjoint = nullptr, *tangent = nullptr, *carry = nullptr;
+  T *path, *directions = nullptr, *gradient, *second = nullptr, *adjoint = nullptr, *tangent = nullptr, *carry = nullptr;
   // Activations: a slot for each kept step; tangents and the query pass share theirs, being never alive together.
   std::vector<Frame<T>> slots;
   Frame<T> tangents, query;
@@ -80,7 +80,8 @@ struct Executor<T>::Worker {
     };
     const bool reverse = call.reverse(), momentum = call.settings.momentum != 0;
     path = take((plan.keep_path ? steps + 1 : 1) * size);
-    directions = take((plan.keep_directions ? steps : 1) * size);
+    if (plan.remembers || call.settings.optimizer == OptimizerKind::kAdam)
+      directions = take((plan.keep_directions ? steps : 1) * size);
     gradient = take(size);
     if (call.settings.optimizer == OptimizerKind::kAdam) second = take(size);
     if (reverse) adjoint = take(size);
@@ -127,7 +128,7 @@ struct Executor<T>::Worker {
     }
     if (!plan.support) return;
     if (!call.support.rows) load_input(*plan.support, call.support, nullptr, slots[0].input);
-    std::fill(directions, directions + size, T(0));
+    if (second) std::fill(directions, directions + size, T(0));
     if (second) std::fill(second, second + size, T(0));
   }
 
@@ -218,9 +219,9 @@ struct Executor<T>::Worker {
     std::fill(gradient, gradient + size, T(0));
     if (!finite(evaluate(k, gradient), k, false, "loss")) return;
     const Settings& s = call.settings;
-    const T *from = theta(k), *m_from = direction(k > 0 ? k - 1 : 0);
-    T *to = theta(k + 1), *m_to = direction(k);
-    const T momentum = T(s.momentum), decay = T(s.weight_decay);
+    const T* from = theta(k);
+    T* to = theta(k + 1);
+    const T momentum = k > 0 ? T(s.momentum) : T(0), decay = T(s.weight_decay);
     Vector poison{};
     for (int p = 0; p < packing.count(); ++p) {
       const RateView& rate = engine.rate_views_[p];
@@ -230,20 +231,31 @@ struct Executor<T>::Worker {
         continue;
       }
       const T* alpha = engine.rates_.data() + rate.offset + k * rate.row;
-      const Adam adam(s, k);
-      for (int64_t i = first; i < last; i += S::kWidth) {
-        const Vector here = S::load(from + i);
-        Vector m = S::load(gradient + i) + decay * here;
-        if (second) {
-          m = adam(m, directions + i, second + i);
-        } else {
-          if (momentum != T(0) && k > 0) m += momentum * S::load(m_from + i);
-          S::store(m_to + i, m);
+      const auto descend = [&](const auto& direction_at) {
+        const Vector shared = S::fill(*alpha);
+        for (int64_t i = first; i < last; i += S::kWidth) {
+          const Vector here = S::load(from + i), m = direction_at(i, here);
+          const Vector next = here - (rate.per_element ? S::load(alpha + i - first) : shared) * m;
+          poison += next * T(0);
+          S::store(to + i, next);
         }
-        const Vector rates = rate.per_element ? S::load(alpha + i - first) : S::fill(*alpha);
-        const Vector next = here - rates * m;
-        poison += next * T(0);
-        S::store(to + i, next);
+      };
+      if (second) {
+        const Adam adam(s, k);
+        descend([&](int64_t i, Vector here) {
+          return adam(S::load(gradient + i) + decay * here, directions + i, second + i);
+        });
+      } else if (plan.remembers) {
+        const T* m_from = direction(k > 0 ? k - 1 : 0);
+        T* m_to = direction(k);
+        descend([=](int64_t i, Vector here) {
+          Vector m = S::load(gradient + i) + decay * here;
+          if (momentum != T(0)) m += momentum * S::load(m_from + i);
+          S::store(m_to + i, m);
+          return m;
+        });
+      } else {
+        descend([=](int64_t i, Vector here) { return S::load(gradient + i) + decay * here; });
       }
     }
     finite(poison, to, k, "an adapted weight");
@@ -331,30 +343,42 @@ struct Executor<T>::Worker {
     for (int p = 0; p < packing.count(); ++p) {
       const RateView& rate = engine.rate_views_[p];
       if (rate.offset < 0) continue;
-      const int64_t first = packing.offset(p), last = first + packing.size(p), at = rate.offset + k * rate.row;
-      const T* alpha = engine.rates_.data() + at;
-      Vector dot{};
-      for (int64_t i = first; i < last; i += S::kWidth) {
-        const Vector v = S::load(adjoint + i);
-        Vector u = (rate.per_element ? S::load(alpha + i - first) : S::fill(*alpha)) * v;
-        if (rate_sum) {
-          const Vector share = v * S::load(direction(k) + i);
-          if (rate.per_element)
-            S::store(rate_sum + at + i - first, S::load(rate_sum + at + i - first) - share);
-          else
-            dot += share;
-        }
-        if (carry) {
-          u += S::load(carry + i);
+      const int64_t first = packing.offset(p), last = first + packing.size(p);
+      const T* alpha = engine.rates_.data() + rate.offset + k * rate.row;
+      const Vector shared = S::fill(*alpha);
+      const auto rate_of = [&](int64_t i) { return rate.per_element ? S::load(alpha + i - first) : shared; };
+      if (rate_sum) add_rate_gradient(k, rate, first, last);
+      if (carry) {
+        for (int64_t i = first; i < last; i += S::kWidth) {
+          const Vector v = S::load(adjoint + i), u = rate_of(i) * v + S::load(carry + i);
           S::store(carry + i, momentum * u);
+          S::store(tangent + i, -u);
+          S::store(adjoint + i, v - decay * u);
         }
-        S::store(tangent + i, -u);
-        S::store(adjoint + i, v - decay * u);
+      } else {
+        for (int64_t i = first; i < last; i += S::kWidth) {
+          const Vector v = S::load(adjoint + i), u = rate_of(i) * v;
+          S::store(tangent + i, -u);
+          S::store(adjoint + i, v - decay * u);
+        }
       }
-      if (rate_sum && !rate.per_element)
-        for (int i = 0; i < S::kWidth; ++i) rate_sum[at] -= dot[i];
     }
     if (!call.settings.first_order) add_hessian_product(k);
+  }
+
+  // dL/dalpha_k -= v m_{k+1}
+  void add_rate_gradient(int k, const RateView& rate, int64_t first, int64_t last) {
+    T* sum_at = rate_sum + rate.offset + k * rate.row;
+    const T* m = direction(k);
+    Vector dot{};
+    for (int64_t i = first; i < last; i += S::kWidth) {
+      const Vector share = S::load(adjoint + i) * S::load(m + i);
+      if (rate.per_element)
+        S::store(sum_at + i - first, S::load(sum_at + i - first) - share);
+      else
+        dot += share;
+    }
+    for (int i = 0; !rate.per_element && i < S::kWidth; ++i) *sum_at -= dot[i];
   }
 
   void add_hessian_product(int k) {
