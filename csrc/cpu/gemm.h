@@ -42,6 +42,13 @@ struct PixelPair {
   int64_t a, b;
 };
 
+// The pixels that a sum runs over, the same ones in each image.
+struct Pixels {
+  const PixelPair* pairs;
+  int count, images;
+  int64_t a_image, b_image;
+};
+
 struct OuterPlan {
   std::vector<std::vector<PixelPair>> taps;
   int images = 0;
@@ -107,8 +114,8 @@ void gather_tile(const Segment* segments, int count, const Product<T>* products,
 
 // C rows are consecutive input channels of one tap; the sum runs over pixels and images.
 template <class T, int kRows, int kVectors>
-void outer_tile(const OuterPlan& plan, const std::vector<PixelPair>& pixels, const Product<T>* products, int terms,
-                int64_t a_column, int64_t b_column, T* c) {
+void outer_tile(const Pixels& pixels, const Product<T>* products, int terms, int64_t a_column, int64_t b_column,
+                T* c) {
   using S = Simd<T>;
   typename S::Vector sum[kRows][kVectors];
 #pragma GCC unroll 16
@@ -116,11 +123,11 @@ void outer_tile(const OuterPlan& plan, const std::vector<PixelPair>& pixels, con
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) sum[i][j] = S::load(c + (i * kVectors + j) * S::kWidth);
   for (int term = 0; term < terms; ++term) {
-    for (int n = 0; n < plan.images; ++n) {
-      const T* image_a = products[term].a + a_column + n * plan.a_image;
-      const T* image_b = products[term].b + b_column + n * plan.b_image;
-      for (const PixelPair& pixel : pixels) {
-        const T *a = image_a + pixel.a, *b = image_b + pixel.b;
+    for (int n = 0; n < pixels.images; ++n) {
+      const T* image_a = products[term].a + a_column + n * pixels.a_image;
+      const T* image_b = products[term].b + b_column + n * pixels.b_image;
+      for (int pixel = 0; pixel < pixels.count; ++pixel) {
+        const T *a = image_a + pixels.pairs[pixel].a, *b = image_b + pixels.pairs[pixel].b;
         typename S::Vector column[kVectors];
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) column[j] = S::load(b + j * S::kWidth);
@@ -206,9 +213,10 @@ void outer(const OuterPlan& plan, const Panels<T>& matrix, const Product<T>* pro
     const auto& kernels = Tiles<T>::table().outer[vectors - 1];
     for (size_t tap = 0; tap < plan.taps.size(); ++tap) {
       if (plan.taps[tap].empty()) continue;
+      const Pixels pixels{plan.taps[tap].data(), int(plan.taps[tap].size()), plan.images, plan.a_image, plan.b_image};
       each_tile(inputs, tile_rows(vectors), [&](int first, int rows) {
         T* out = c + matrix.start(p) + (int64_t(tap) * inputs + first) * width;
-        kernels[rows - 1](plan, plan.taps[tap], products, terms, first, int64_t{p} * Panels<T>::kColumns, out);
+        kernels[rows - 1](pixels, products, terms, first, int64_t{p} * Panels<T>::kColumns, out);
       });
     }
   }

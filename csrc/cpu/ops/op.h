@@ -3,7 +3,7 @@
 
 #include "../../graph.h"
 #include "../../math.h"
-#include "../gemm.h"
+#include "../winograd.h"
 
 namespace metaaug::METAAUG_ISA {
 
@@ -25,6 +25,8 @@ struct OpPlan {
   Panels<T> matrix, transposed;
   GatherPlan forward, input_gradient;
   OuterPlan weight_gradient;
+  bool winograd = false;  // instead of the plans above
+  Winograd<T> forward_tiles, input_gradient_tiles;
 
   int64_t rows() const { return int64_t{images} * out.shape.pixels(); }
 };
