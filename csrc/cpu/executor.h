@@ -15,6 +15,7 @@
 #include <tuple>
 
 #include "engine.h"
+#include "fuse.h"
 #include "passes.h"
 
 namespace metaaug::METAAUG_ISA {
@@ -63,7 +64,7 @@ class Executor final : public cpu::Engine<T> {
   using Vector = typename S::Vector;
 
  public:
-  explicit Executor(const Graph& graph) : graph_(graph), packing_(graph.parameters) {}
+  explicit Executor(const Graph& graph) : graph_(fuse(graph)), packing_(graph.parameters) {}
 
   NonFinite run(const Call<T>& call, const Parallel& parallel) override {
     const std::lock_guard<std::mutex> lock(mutex_);

@@ -24,16 +24,22 @@ constexpr OpFunctions<T> linear_map_functions() {
   return {L::plan, L::forward, L::backward, L::tangent, L::tangent_backward};
 }
 
+template <class T, bool kRelu, bool kPool>
+constexpr OpFunctions<T> batch_norm_functions() {
+  using B = BatchNorm<T, kRelu, kPool>;
+  return {B::plan, B::forward, B::backward, B::tangent, B::tangent_backward};
+}
+
 // The op table.
 template <class T>
-OpFunctions<T> functions(OpKind kind) {
-  switch (kind) {
+OpFunctions<T> functions(const Op& op) {
+  switch (op.kind) {
     case OpKind::kConv2d:
       return {conv2d::plan<T>, conv2d::forward<T>, conv2d::backward<T>, conv2d::tangent<T>,
               conv2d::tangent_backward<T>};
     case OpKind::kBatchNorm:
-      return {batch_norm::plan<T>, batch_norm::forward<T>, batch_norm::backward<T>, batch_norm::tangent<T>,
-              batch_norm::tangent_backward<T>};
+      if (op.pool) return batch_norm_functions<T, true, true>();
+      return op.relu ? batch_norm_functions<T, true, false>() : batch_norm_functions<T, false, false>();
     case OpKind::kLayerNorm:
     case OpKind::kGroupNorm:
       return {group_norm::plan<T>, group_norm::forward<T>, group_norm::backward<T>, group_norm::tangent<T>,
@@ -142,9 +148,9 @@ struct Network {
       for (int i = 0; i < 2; ++i)
         if (op.input[i] >= 0) plan.in[i] = values[op.input[i]];
       plan.out = values[op.output];
-      if (op.kind == OpKind::kBatchNorm && op.buffer[0] < 0 && plan.rows() < 2)
+      if (op.kind == OpKind::kBatchNorm && op.buffer[0] < 0 && plan.in_rows() < 2)
         throw std::invalid_argument("batch norm needs at least 2 values a channel (got 1 sample of 1 pixel)");
-      functions.push_back(METAAUG_ISA::functions<T>(op.kind));
+      functions.push_back(METAAUG_ISA::functions<T>(op));
       functions.back().plan(plan);
       if (in_place(op)) {
         value_at[op.output] = value_at[op.input[0]];

@@ -23,7 +23,8 @@ struct Executor<T>::Worker {
   T *sum = nullptr, *rate_sum = nullptr;
 
   // Of size P: weights of every step, or one set that is overwritten; directions likewise.
-  T *path, *directions = nullptr, *gradient, *second = nullptr, *adjoint = nullptr, *tangent = nullptr, *carry = nullptr;
+  T *path, *directions = nullptr, *gradient, *second = nullptr, *adjoint = nullptr, *tangent = nullptr,
+           *carry = nullptr;
   // Activations: a slot for each kept step; tangents and the query pass share theirs, being never alive together.
   std::vector<Frame<T>> slots;
   Frame<T> tangents, query;
@@ -330,7 +331,7 @@ struct Executor<T>::Worker {
       const OpPlan<T>& op = net.ops[i];
       if (op.op.kind != OpKind::kBatchNorm) continue;
       const T* saved = query.saved + net.saved_at[i];
-      const T unbiased = T(op.rows()) / T(std::max<int64_t>(op.rows() - 1, 1));
+      const T unbiased = T(op.in_rows()) / T(std::max<int64_t>(op.in_rows() - 1, 1));
       for (int c = 0; c < op.out.shape.channels; ++c) *to++ = saved[c];
       for (int c = 0; c < op.out.shape.channels; ++c) *to++ = saved[2 * op.out.stride + c] * unbiased;
     }
