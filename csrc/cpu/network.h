@@ -90,6 +90,7 @@ template <class T>
 struct Network {
   const Graph* graph;
   int images;
+  const Op* patches = nullptr;  // the first convolution, if the input is laid out as what its pixels read
   std::vector<Layout> values;
   std::vector<OpPlan<T>> ops;
   std::vector<OpFunctions<T>> functions;
@@ -132,12 +133,32 @@ struct Network {
     return readers == 1;
   }
 
+  // Convolutions read an input without padding, and merge neighbouring pixels. A first one of few channels is made a
+  // 1x1 convolution of patches, of the same weights.
+  void lay_out_input(bool wants_input) {
+    if (wants_input) return;
+    const Op* only = nullptr;
+    int readers = 0;
+    for (const Op& op : graph->ops) {
+      if (op.input[0] != 0 && op.input[1] != 0) continue;
+      if (op.kind != OpKind::kConv2d) return;
+      only = &op;
+      ++readers;
+    }
+    Layout& input = values[0];
+    input.stride = input.shape.channels;
+    if (readers != 1) return;
+    const Shape& out = graph->values[only->output];
+    const int taps = only->kernel.y * only->kernel.x, size = taps * input.shape.channels;
+    if (taps == 1 || input.shape.channels >= Simd<T>::kWidth || size > out.channels) return;
+    patches = only;
+    input = {{size, out.height, out.width}, size};
+  }
+
   void lay_out(bool wants_input) {
     const auto& ops_in = graph->ops;
-    bool compact = !wants_input;  // convolutions read an input without padding, and merge neighbouring pixels
-    for (const Op& op : ops_in) compact &= op.input[0] != 0 || op.kind == OpKind::kConv2d;
     for (const Shape& shape : graph->values) values.push_back({shape, pad<T>(shape.channels)});
-    if (compact) values[0].stride = values[0].shape.channels;
+    lay_out_input(wants_input);
     input_size = pad<T>(images * values[0].sample());
     value_at.assign(values.size(), 0);
     values_size = wants_input ? input_size : 0;
@@ -145,6 +166,7 @@ struct Network {
       OpPlan<T> plan;
       plan.op = op;
       plan.images = images;
+      if (patches == &op) plan.op.kernel = plan.op.stride = plan.op.dilation = {}, plan.op.padding = {0, 0};
       for (int i = 0; i < 2; ++i)
         if (op.input[i] >= 0) plan.in[i] = values[op.input[i]];
       plan.out = values[op.output];

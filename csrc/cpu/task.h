@@ -128,35 +128,15 @@ struct Executor<T>::Worker {
       std::copy(engine.theta_.begin(), engine.theta_.end(), start);
     }
     if (!plan.support) return;
-    if (!call.support.rows) load_input(*plan.support, call.support, nullptr, slots[0].input);
+    if (!call.support.rows) load_input(*plan.support, of_task(call.support, call.support.x), nullptr, slots[0].input);
     if (second) std::fill(directions, directions + size, T(0));
     if (second) std::fill(second, second + size, T(0));
   }
 
-  // Channels last, from samples in torch's layout.
-  void load_input(const Network<T>& net, const Samples<T>& samples, const int64_t* rows, T* input) const {
-    const Layout& layout = net.values[0];
-    const int pixels = layout.shape.pixels(), channels = layout.shape.channels;
-    for (int n = 0; n < net.images; ++n) {
-      const T* from = samples.x + (int64_t{task} * samples.count + (rows ? rows[n] : n)) * layout.shape.size();
-      T* to = input + n * layout.sample();
-      for (int i = 0; i < pixels; ++i, to += layout.stride) {
-        for (int c = 0; c < channels; ++c) to[c] = from[int64_t{c} * pixels + i];
-        std::fill(to + channels, to + layout.stride, T(0));
-      }
-    }
-  }
-
-  // The reverse of load_input: adds an adjoint of the input to the user's tensor.
-  void add_input_adjoint(const Network<T>& net, const Samples<T>& samples, const int64_t* rows, const T* from,
-                         T* target) const {
-    const Layout& layout = net.values[0];
-    const int pixels = layout.shape.pixels(), channels = layout.shape.channels;
-    for (int n = 0; n < net.images; ++n) {
-      T* to = target + (int64_t{task} * samples.count + (rows ? rows[n] : n)) * layout.shape.size();
-      for (int i = 0; i < pixels; ++i, from += layout.stride)
-        for (int c = 0; c < channels; ++c) to[int64_t{c} * pixels + i] += from[c];
-    }
+  // This task's part of inputs, or of their adjoints.
+  template <class Value>
+  Value* of_task(const Samples<T>& samples, Value* all) const {
+    return all + int64_t{task} * samples.count * graph().values[0].size();
   }
 
   const int64_t* support_rows(int k) const {
@@ -207,7 +187,7 @@ struct Executor<T>::Worker {
     const Frame<T>& frame = slot(k);
     const Passes<T> run = passes(net);
     const int64_t* rows = support_rows(k);
-    if (rows) load_input(net, call.support, rows, frame.input);
+    if (rows) load_input(net, of_task(call.support, call.support.x), rows, frame.input);
     run.forward(frame, theta(k), pass(2 * k, k));
     const int out = graph().output;
     const T value = loss_forward(loss(net), targets(call.support, rows), net.value(frame, out), T(1),
@@ -291,7 +271,7 @@ struct Executor<T>::Worker {
     const Passes<T> run = passes(net);
     const int behind = call.settings.first_step + k;
     const Pass query_pass = pass(2 * behind + 1, std::max(behind - 1, 0));
-    load_input(net, call.query, nullptr, query.input);
+    load_input(net, of_task(call.query, call.query.x), nullptr, query.input);
     run.forward(query, theta(k), query_pass);
     const int out = graph().output;
     const T* z = net.value(query, out);
@@ -318,7 +298,8 @@ struct Executor<T>::Worker {
     }
     if (!grad) return;
     run.backward(query, theta(k), query_pass, net.outer, grad);
-    if (call.grad_query_x) add_input_adjoint(net, call.query, nullptr, net.adjoint(query, 0), call.grad_query_x);
+    if (call.grad_query_x)
+      add_input_adjoint(net, net.adjoint(query, 0), nullptr, of_task(call.query, call.grad_query_x));
   }
 
   // Batch mean and unbiased variance of every batch norm of the pass, in order of ops.
@@ -397,7 +378,8 @@ struct Executor<T>::Worker {
                  call.grad_support_y ? call.grad_support_y + first * outputs : nullptr,
                  call.grad_support_weight ? call.grad_support_weight + first : nullptr);
     run.tangent_backward(frame, tangents, theta(k), tangent, pass(2 * k, k), adjoint);
-    if (call.grad_support_x) add_input_adjoint(net, call.support, rows, net.adjoint(tangents, 0), call.grad_support_x);
+    if (call.grad_support_x)
+      add_input_adjoint(net, net.adjoint(tangents, 0), rows, of_task(call.support, call.grad_support_x));
   }
 
   void finish() {
