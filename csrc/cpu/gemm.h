@@ -114,8 +114,7 @@ void gather_tile(const Segment* segments, int count, const Product<T>* products,
 
 // C rows are consecutive input channels of one tap; the sum runs over pixels and images.
 template <class T, int kRows, int kVectors>
-void outer_tile(const Pixels& pixels, const Product<T>* products, int terms, int64_t a_column, int64_t b_column,
-                T* c) {
+void outer_tile(const Pixels& pixels, const Product<T>* products, int terms, int64_t a_column, int64_t b_column, T* c) {
   using S = Simd<T>;
   typename S::Vector sum[kRows][kVectors];
 #pragma GCC unroll 16
@@ -178,9 +177,10 @@ struct Tiles {
 // Cuts `count` rows into the fewest tiles of at most `most`, as even as can be: body(first, rows).
 template <class Body>
 inline void each_tile(int count, int most, const Body& body) {
-  const int tiles = (count + most - 1) / most;
+  if (count <= most) return body(0, count);
+  const int tiles = (count + most - 1) / most, least = count / tiles, larger = count % tiles;
   for (int i = 0, first = 0; i < tiles; ++i) {
-    const int rows = (count - first) / (tiles - i);
+    const int rows = least + (i < larger);
     body(first, rows);
     first += rows;
   }
@@ -236,9 +236,17 @@ void transpose(const Panels<T>& from, const T* source, const Panels<T>& to, T* t
         T* out = target + to.at(int64_t{tap} * outputs + o, i);
         const int rows = std::min(kWidth, inputs - i), columns = std::min(kWidth, outputs - o);
         typename S::Vector block[kWidth];
-        for (int k = 0; k < kWidth; ++k) block[k] = k < rows ? S::load(in + k * from_width) : S::fill(0);
-        transpose_block<T>(block);
-        for (int k = 0; k < columns; ++k) S::store(out + k * to_width, block[k]);
+        if (rows == kWidth && columns == kWidth) {
+#pragma GCC unroll 16
+          for (int k = 0; k < kWidth; ++k) block[k] = S::load(in + k * from_width);
+          transpose_block<T>(block);
+#pragma GCC unroll 16
+          for (int k = 0; k < kWidth; ++k) S::store(out + k * to_width, block[k]);
+        } else {
+          for (int k = 0; k < kWidth; ++k) block[k] = k < rows ? S::load(in + k * from_width) : S::fill(0);
+          transpose_block<T>(block);
+          for (int k = 0; k < columns; ++k) S::store(out + k * to_width, block[k]);
+        }
       }
 }
 

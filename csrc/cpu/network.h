@@ -6,9 +6,10 @@
 #include "loss.h"
 #include "ops/activation.h"
 #include "ops/batch_norm.h"
-#include "ops/conv2d.h"
 #include "ops/group_norm.h"
+#include "ops/narrow.h"
 #include "ops/pool.h"
+#include "packing.h"
 
 namespace metaaug::METAAUG_ISA {
 
@@ -32,9 +33,12 @@ constexpr OpFunctions<T> batch_norm_functions() {
 
 // The op table.
 template <class T>
-OpFunctions<T> functions(const Op& op) {
+OpFunctions<T> functions(const Graph& graph, const Op& op) {
   switch (op.kind) {
     case OpKind::kConv2d:
+      if (narrow_matrix<T>(graph.parameters[op.param[0]]))
+        return {conv2d::plan<T>, narrow::forward<T>, narrow::backward<T>, narrow::tangent<T>,
+                narrow::tangent_backward<T>};
       return {conv2d::plan<T>, conv2d::forward<T>, conv2d::backward<T>, conv2d::tangent<T>,
               conv2d::tangent_backward<T>};
     case OpKind::kBatchNorm:
@@ -141,7 +145,7 @@ struct Network {
     int readers = 0;
     for (const Op& op : graph->ops) {
       if (op.input[0] != 0 && op.input[1] != 0) continue;
-      if (op.kind != OpKind::kConv2d) return;
+      if (op.kind != OpKind::kConv2d || narrow_matrix<T>(graph->parameters[op.param[0]])) return;
       only = &op;
       ++readers;
     }
@@ -172,7 +176,7 @@ struct Network {
       plan.out = values[op.output];
       if (op.kind == OpKind::kBatchNorm && op.buffer[0] < 0 && plan.in_rows() < 2)
         throw std::invalid_argument("batch norm needs at least 2 values a channel (got 1 sample of 1 pixel)");
-      functions.push_back(METAAUG_ISA::functions<T>(op));
+      functions.push_back(METAAUG_ISA::functions<T>(*graph, op));
       functions.back().plan(plan);
       if (in_place(op)) {
         value_at[op.output] = value_at[op.input[0]];

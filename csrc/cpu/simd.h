@@ -12,10 +12,15 @@ struct Simd {
   static constexpr int kWidth = METAAUG_VECTOR_BYTES / int(sizeof(T));
   typedef T Vector __attribute__((vector_size(METAAUG_VECTOR_BYTES), aligned(sizeof(T)), may_alias));
 
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef Index Bits __attribute__((vector_size(METAAUG_VECTOR_BYTES)));
+
   static Vector load(const T* p) { return *reinterpret_cast<const Vector*>(p); }
   static void store(T* p, Vector v) { *reinterpret_cast<Vector*>(p) = v; }
   // Minus zero, unlike plus, leaves every x as it is: the compiler makes it a plain broadcast.
   static Vector fill(T x) { return x - Vector{}; }
+  // All zeros where v is finite.
+  static Bits poison(Vector v) { return (Bits)(v - v); }
 };
 
 // Element j of the result is element kPick(j) of a, or of b from kWidth on.
@@ -25,9 +30,7 @@ inline typename Simd<T>::Vector shuffle(typename Simd<T>::Vector a, typename Sim
 #if defined(__clang__)
   return __builtin_shufflevector(a, b, Pick::at(kLane)...);
 #else
-  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-  typedef Index Mask __attribute__((vector_size(METAAUG_VECTOR_BYTES)));
-  return __builtin_shuffle(a, b, Mask{Pick::at(kLane)...});
+  return __builtin_shuffle(a, b, typename Simd<T>::Bits{Pick::at(kLane)...});
 #endif
 }
 

@@ -172,11 +172,11 @@ struct Executor<T>::Worker {
     return false;
   }
 
-  // `poison` sums up 0 * every value, which is 0 unless one of them is not finite.
-  bool finite(Vector poison, const T* values, int step, const char* what) {
-    T sum_of_poison = 0;
-    for (int i = 0; i < S::kWidth; ++i) sum_of_poison += poison[i];
-    if (sum_of_poison == T(0)) return true;
+  // `poison` is that of every value.
+  bool finite(typename S::Bits poison, const T* values, int step, const char* what) {
+    bool found = false;
+    for (int i = 0; i < S::kWidth; ++i) found |= poison[i] != 0;
+    if (!found) return true;
     const T* bad = std::find_if(values, values + size, [](T value) { return !std::isfinite(value); });
     return finite(*bad, step, false, what);
   }
@@ -203,7 +203,7 @@ struct Executor<T>::Worker {
     const T* from = theta(k);
     T* to = theta(k + 1);
     const T momentum = k > 0 ? T(s.momentum) : T(0), decay = T(s.weight_decay);
-    Vector poison{};
+    typename S::Bits poison{};
     for (int p = 0; p < packing.count(); ++p) {
       const RateView& rate = engine.rate_views_[p];
       const int64_t first = packing.offset(p), last = first + packing.size(p);
@@ -217,7 +217,7 @@ struct Executor<T>::Worker {
         for (int64_t i = first; i < last; i += S::kWidth) {
           const Vector here = S::load(from + i), m = direction_at(i, here);
           const Vector next = here - (rate.per_element ? S::load(alpha + i - first) : shared) * m;
-          poison += next * T(0);
+          poison |= S::poison(next);
           S::store(to + i, next);
         }
       };
@@ -383,8 +383,8 @@ struct Executor<T>::Worker {
   }
 
   void finish() {
-    Vector poison{};
-    for (int64_t i = 0; i < size; i += S::kWidth) poison += S::load(adjoint + i) * T(0);
+    typename S::Bits poison{};
+    for (int64_t i = 0; i < size; i += S::kWidth) poison |= S::poison(S::load(adjoint + i));
     if (!finite(poison, adjoint, 0, "the meta-gradient")) return;
     if (call.grad_parameters)
       for (int64_t i = 0; i < size; ++i) sum[i] += adjoint[i];

@@ -37,6 +37,8 @@ struct OpPlan {
 // to where `accumulate` says so.
 template <class T>
 struct OpCall {
+  explicit OpCall(const OpPlan<T>& plan) : plan(plan) {}
+
   const OpPlan<T>& plan;
   const T* x[2] = {};
   T* y = nullptr;
