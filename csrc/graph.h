@@ -52,6 +52,7 @@ struct Op {
   int groups = 1;
   int site = 0;  // ordinal of a dropout call
   bool count_padding = true;
+  bool relu = false, pool = false;  // what an executor has drawn into a batch norm: a relu, a 2x2 max pool behind it
   double eps = 0;
   double scalar[2] = {0, 0};  // leaky slope | softplus beta, threshold | dropout p
 };

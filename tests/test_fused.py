@@ -468,13 +468,20 @@ def test_sizes_at_the_edge(tasks, samples, queries, steps, batch_norm):
 
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("width", [3, 40, 100])
-def test_activations_kept_for_some_of_the_steps_or_computed_again(width, rows):
-    """The engine keeps as many steps as fit: here all of them, two or three, and one."""
+def test_activations_kept_for_some_of_the_steps_or_computed_again(width, rows, monkeypatch):
+    """The engine keeps as many steps as fit: here all of them, two or three, and one; the bits are the same."""
     support, query = conv_sets(tasks=2, supports=7)
     if rows:
         support = replace(support, rows=torch.randint(7, (2, 5, 6)))
-    lr = (0.3 * rand(5)).requires_grad_()
-    assert_exact(inner_problem(convolutional(width=width), lr, 5, momentum=0.5), support, query)
+    lr, found = (0.3 * rand(5)).requires_grad_(), []
+    model = convolutional(width=width)
+    for mib in (0, 1, 256):
+        monkeypatch.setenv("METAAUG_KEEP_MIB", str(mib))
+        problem = inner_problem(copy.deepcopy(model), lr, 5, momentum=0.5)
+        assert_exact(problem, support, query)
+        found.append(run_all(problem, support, query))
+    for other in found[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in found[0].items())
 
 
 def test_tensors_that_are_not_contiguous():
@@ -709,6 +716,15 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch):
         executor_of(problem, support.x).meta_loss(problem, support, query)
 
 
+@pytest.mark.parametrize("value", ["", "-1", "1.5", "many", "99999999999999999999"])
+def test_a_budget_that_is_no_number_is_refused(value, monkeypatch):
+    support, query = perceptron_sets()
+    problem = inner_problem(mlp(), 0.1, 1)
+    monkeypatch.setenv("METAAUG_KEEP_MIB", value)
+    with pytest.raises(ValueError, match=rf"^METAAUG_KEEP_MIB must be a number of MiB, .* \(got {value}\)$"):
+        executor_of(problem, support.x).meta_loss(problem, support, query)
+
+
 # --- processes of their own -----------------------------------------------------------------------------------------
 
 
@@ -771,8 +787,9 @@ def test_a_forked_child_computes_the_same():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
-def test_peak_memory_grows_by_the_weights_of_each_step_and_nothing_else():
+def test_peak_memory_without_kept_activations_grows_by_the_weights_of_each_step_and_nothing_else(monkeypatch):
     """From one step to twenty: nineteen more theta_k for each thread's task at work, and a tenth on top."""
+    monkeypatch.setenv("METAAUG_KEEP_MIB", "0")
     out = python("""
         import gc, os
         import torch, metaaug_fast as mf

@@ -151,6 +151,27 @@ def test_special_convolutions(size, settings, samples):
     check(*drawn(lambda: (width(), *size), lambda shape: nn.Conv2d(shape[0], width(), **settings)), samples)
 
 
+@pytest.mark.parametrize("padding", [(0, 0), (1, 1), (2, 2), (0, 2), (1, 0), (3, 1)], ids=str)
+@pytest.mark.parametrize("size", [(3, 3), (4, 7), (7, 7), (14, 13), (2, 21)], ids=str)
+def test_convolutions_by_minimal_filtering(size, padding):
+    """3x3 of stride 1 with many channels, on pictures of whole tiles of 2x2 and of others; one goes the direct way."""
+    if size[0] + 2 * padding[0] < 3:
+        padding = (1, padding[1])
+    channels, outputs = integer(4, 40), integer(4, 40)
+    check(*drawn(lambda: (channels, *size), lambda _: nn.Conv2d(channels, outputs, 3, 1, padding, bias=coin())))
+
+
+@pytest.mark.parametrize("draw", range(DRAWS))
+def test_a_first_convolution_of_few_channels(draw):
+    """Without a gradient of the input it reads patches."""
+    channels, kernel = integer(1, 3), one_of((3, 3), (2, 4), (1, 3), (4, 1))
+    stride, padding, dilation = pair(1, 3), pair(0, 3), pair(1, 2)
+    conv = nn.Conv2d(channels, channels * kernel[0] * kernel[1] + integer(0, 9), kernel, stride, padding, dilation)
+    model, sample = drawn(lambda: (channels, *pair(7, 10)), lambda _: conv)
+    model.before = nn.Identity()
+    check(model, (channels, *sample[1:]))
+
+
 NORMS = {
     "batch": lambda shape: (nn.BatchNorm1d if len(shape) == 1 else nn.BatchNorm2d)(shape[0], 0.01, affine=coin()),
     "layer": lambda shape: nn.LayerNorm(shape, 0.01, elementwise_affine=coin(), bias=coin()),
@@ -243,6 +264,71 @@ def test_the_first_of_equal_maxima_wins():
     support, query = Support(x, randn(2, 4, 3)), Query(x.detach().flip(1).requires_grad_(), randn(2, 4, 3))
     inputs = leaves(problem, support, query)
     executors = choose_executor(problem, (1, 3, 3), "fused"), reference
+    assert_close(*(gradients(each.meta_loss(problem, support, query).loss, inputs) for each in executors), 1e-10)
+
+
+BLOCKS = {
+    "relu": lambda: [nn.ReLU()],
+    "relu, pool": lambda: [nn.ReLU(), nn.MaxPool2d(2)],
+    "relu, dropout, pool": lambda: [nn.ReLU(), nn.Dropout(0.3), nn.MaxPool2d(2)],
+    "relu twice, pool": lambda: [nn.ReLU(), nn.ReLU(), nn.MaxPool2d(2)],
+    "relu, pool of stride 1": lambda: [nn.ReLU(), nn.MaxPool2d(2, 1)],
+    "relu, padded pool": lambda: [nn.ReLU(), nn.MaxPool2d(2, 2, 1)],
+    "pool, relu": lambda: [nn.MaxPool2d(2), nn.ReLU()],
+    "leaky relu, pool": lambda: [nn.LeakyReLU(0.1), nn.MaxPool2d(2)],
+}
+
+
+@pytest.mark.parametrize("draw", range(DRAWS // 2))
+@pytest.mark.parametrize("block", BLOCKS)
+def test_what_follows_a_batch_norm(block, draw):
+    model, sample = drawn(
+        lambda: (width(), *pair(2, 9)), lambda shape: nn.Sequential(NORMS["batch"](shape), *BLOCKS[block]())
+    )
+    check(model, sample)
+    nn.init.normal_(model.op[0].running_mean)
+    nn.init.uniform_(model.op[0].running_var, 0.5, 2)
+    check(model, sample, batch_norm="frozen")
+
+
+class NormReadTwice(nn.Module):
+    def __init__(self, shape: tuple[int, ...], twice: str) -> None:
+        super().__init__()
+        self.norm, self.twice = nn.BatchNorm2d(shape[0]), twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.norm(x)
+        y = F.relu(z)
+        pooled = F.max_pool2d(y, 2)
+        return pooled + F.avg_pool2d(z if self.twice == "norm" else y, 2)
+
+
+@pytest.mark.parametrize("twice", ["norm", "relu"])
+def test_a_value_between_norm_and_pool_that_somebody_else_reads(twice):
+    check(*drawn(lambda: (width(), *pair(2, 9)), lambda shape: NormReadTwice(shape, twice)))
+
+
+def test_a_norm_a_relu_and_a_pool_take_nan_for_the_largest_and_the_first_of_equals():
+    block = nn.Sequential(nn.BatchNorm2d(2, affine=False), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()).eval()
+    nn.init.constant_(block[0].running_var, 4.0)
+    model = nn.Sequential(*block, nn.Linear(8, 3)).double().eval()
+    x = torch.randint(-1, 3, (2, 3, 2, 5, 4)).double().requires_grad_()
+    check_inputs(model, x)
+    with torch.no_grad():
+        x[0, 1, 1, 2, 3] = torch.nan
+    problem = inner_problem(model, 0.3, 0, loss="mse", batch_norm="frozen")
+    executor = choose_executor(problem, (2, 5, 4), "fused")
+    got, expected = predictions(problem, executor, x.detach())
+    torch.testing.assert_close(got, expected, equal_nan=True)
+    assert expected.isnan().any()
+
+
+def check_inputs(model: nn.Module, x: Tensor) -> None:
+    """The gradient of a query's inputs, and of weights."""
+    problem = inner_problem(model, 0.3, 1, loss="mse", batch_norm="frozen")
+    support, query = Support(x.detach().flip(0), randn(2, 3, 3)), Query(x, randn(2, 3, 3))
+    inputs = leaves(problem, support, query)
+    executors = choose_executor(problem, tuple(x.shape[2:]), "fused"), reference
     assert_close(*(gradients(each.meta_loss(problem, support, query).loss, inputs) for each in executors), 1e-10)
 
 

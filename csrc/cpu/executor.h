@@ -14,7 +14,10 @@
 #include <mutex>
 #include <tuple>
 
+#include "arena.h"
 #include "engine.h"
+#include "fuse.h"
+#include "input.h"
 #include "passes.h"
 
 namespace metaaug::METAAUG_ISA {
@@ -24,50 +27,18 @@ using cpu::NonFinite;
 using cpu::Parallel;
 using cpu::Samples;
 
-// A worker's memory, grown and never shrunk.
-template <class T>
-class Arena {
- public:
-  void reserve(int64_t size) {
-    if (int64_t(memory_.size()) < size + kSlack) {
-      memory_ = {};  // before the new block is there: nothing in the old one is needed
-      memory_.resize(size + kSlack);
-    }
-    used_ = 0;
-  }
-  T* take(int64_t size) {
-    T* at = base() + used_;
-    used_ += round(size);
-    return at;
-  }
-  int64_t used() const { return used_; }
-  void rewind(int64_t used) { used_ = used; }
-  static int64_t round(int64_t size) { return (size + kSlack - 1) / kSlack * kSlack; }
-
- private:
-  static constexpr int64_t kSlack = 64 / sizeof(T);  // blocks start on a cache line
-  T* base() {
-    const auto address = reinterpret_cast<uintptr_t>(memory_.data());
-    return memory_.data() + (64 - address % 64) % 64 / sizeof(T);
-  }
-  std::vector<T> memory_;
-  int64_t used_ = 0;
-};
-
-// Activations of several steps are kept for the reverse sweep while they fit in about this many bytes; else one.
-inline constexpr int64_t kKeptBytes = 512 * 1024;
-
 template <class T>
 class Executor final : public cpu::Engine<T> {
   using S = Simd<T>;
   using Vector = typename S::Vector;
 
  public:
-  explicit Executor(const Graph& graph) : graph_(graph), packing_(graph.parameters) {}
+  explicit Executor(const Graph& graph)
+      : graph_(fuse(graph)), packing_(graph.parameters), kept_bytes_(cpu::kept_bytes()) {}
 
   NonFinite run(const Call<T>& call, const Parallel& parallel) override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const Plan plan = prepare(call);
+    const Plan plan = prepare(call, parallel.workers);
     const int64_t group_size =
         (call.grad_parameters || call.mean_displacement ? packing_.size() : 0) + (call.grad_rates ? rates_size_ : 0);
     const int groups = group_count(call.tasks, group_size);
@@ -108,7 +79,8 @@ class Executor final : public cpu::Engine<T> {
     const Network<T>*support = nullptr, *query = nullptr;
     bool keep_path = false;        // theta_0..theta_K, for the reverse sweep
     bool keep_directions = false;  // m_1..m_K, for the gradient of the rates
-    int slots = 0;                 // steps whose activations are kept
+    bool remembers = false;        // m_k at least, for momentum or the former
+    int slots = 0;                 // steps whose activations are kept; others are computed again, to the same bits
   };
 
   struct RateView {
@@ -126,7 +98,7 @@ class Executor final : public cpu::Engine<T> {
     return *entry;
   }
 
-  Plan prepare(const Call<T>& call) {
+  Plan prepare(const Call<T>& call, int workers) {
     const int count = packing_.count(), steps = call.settings.steps;
     if (networks_.size() > kPlannedSizes) networks_.clear();
     std::vector<char> adapted(count), wanted(call.wanted);
@@ -142,11 +114,13 @@ class Executor final : public cpu::Engine<T> {
     if (call.query.x) plan.query = &network(call.query.count, adapted, wanted, call.grad_query_x != nullptr);
     plan.keep_path = call.reverse() && steps > 0 && (!call.settings.first_order || call.step_weights);
     plan.keep_directions = call.grad_rates != nullptr;
+    plan.remembers = plan.keep_directions || call.settings.momentum != 0;
     if (plan.support) {
       const Network<T>& net = *plan.support;
       const int64_t bytes = (2 * net.values_size + net.saved_size) * int64_t(sizeof(T));
       const bool second_order = call.reverse() && !call.settings.first_order;
-      plan.slots = second_order ? int(std::clamp<int64_t>(kKeptBytes / std::max<int64_t>(bytes, 1), 1, steps)) : 1;
+      plan.slots =
+          second_order ? int(std::clamp<int64_t>(kept_bytes_ / workers / std::max<int64_t>(bytes, 1), 1, steps)) : 1;
     }
     pack_shared(call);
     return plan;
@@ -214,6 +188,7 @@ class Executor final : public cpu::Engine<T> {
 
   Graph graph_;
   Packing<T> packing_;
+  const int64_t kept_bytes_;
   std::map<std::tuple<int, std::vector<char>, std::vector<char>, bool>, std::unique_ptr<Network<T>>> networks_;
   std::vector<T> theta_, rates_, constants_, sums_;
   std::vector<RateView> rate_views_;

@@ -6,15 +6,18 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "simd.h"
 
 namespace metaaug::METAAUG_ISA {
 
-inline constexpr int kTileRows = 6;
+// A tile of C is held in registers: as many rows as there is room for beside a row of B and a value of A.
 inline constexpr int kTileVectors = METAAUG_VECTOR_BYTES == 64 ? 4 : 2;
+inline constexpr int kTileRegisters = METAAUG_VECTOR_BYTES == 64 ? 24 : 12;
+inline constexpr int kMaxRows = 12;
+constexpr int tile_rows(int vectors) { return std::min(kTileRegisters / vectors, kMaxRows); }
 
 // Length values of A, contiguous from the row's start plus `a`, against `length` rows of B from `b_row`.
 struct Segment {
@@ -37,6 +40,13 @@ struct GatherPlan {
 // For the weight gradient of one tap: offsets of input and output pixels that it joins, in every image.
 struct PixelPair {
   int64_t a, b;
+};
+
+// The pixels that a sum runs over, the same ones in each image.
+struct Pixels {
+  const PixelPair* pairs;
+  int count, images;
+  int64_t a_image, b_image;
 };
 
 struct OuterPlan {
@@ -68,12 +78,13 @@ struct Panels {
 };
 
 template <class T, int kRows, int kVectors>
-__attribute__((noinline)) void gather_tile(const Segment* segments, int count, const Product<T>* products, int terms,
-                                           int64_t a0, int64_t a_stride, int64_t panel, const T* bias, T* c,
-                                           int64_t c_stride, bool accumulate) {
+void gather_tile(const Segment* segments, int count, const Product<T>* products, int terms, int64_t a0,
+                 int64_t a_stride, int64_t panel, const T* bias, T* c, int64_t c_stride, bool accumulate) {
   using S = Simd<T>;
   typename S::Vector sum[kRows][kVectors];
+#pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) sum[i][j] = bias ? S::load(bias + j * S::kWidth) : S::fill(0);
   for (int term = 0; term < terms; ++term) {
     for (int s = 0; s < count; ++s) {
@@ -81,18 +92,20 @@ __attribute__((noinline)) void gather_tile(const Segment* segments, int count, c
       const T* b = products[term].b + panel + int64_t{segments[s].b_row} * kVectors * S::kWidth;
       for (int k = 0; k < segments[s].length; ++k, b += kVectors * S::kWidth) {
         typename S::Vector column[kVectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) column[j] = S::load(b + j * S::kWidth);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int i = 0; i < kRows; ++i) {
           const typename S::Vector value = S::fill(a[i * a_stride + k]);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
           for (int j = 0; j < kVectors; ++j) sum[i][j] += value * column[j];
         }
       }
     }
   }
+#pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
       T* out = c + i * c_stride + j * S::kWidth;
       S::store(out, accumulate ? S::load(out) + sum[i][j] : sum[i][j]);
@@ -101,72 +114,73 @@ __attribute__((noinline)) void gather_tile(const Segment* segments, int count, c
 
 // C rows are consecutive input channels of one tap; the sum runs over pixels and images.
 template <class T, int kRows, int kVectors>
-__attribute__((noinline)) void outer_tile(const OuterPlan& plan, const std::vector<PixelPair>& pixels,
-                                          const Product<T>* products, int terms, int64_t a_column, int64_t b_column,
-                                          T* c) {
+void outer_tile(const Pixels& pixels, const Product<T>* products, int terms, int64_t a_column, int64_t b_column, T* c) {
   using S = Simd<T>;
   typename S::Vector sum[kRows][kVectors];
+#pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) sum[i][j] = S::load(c + (i * kVectors + j) * S::kWidth);
   for (int term = 0; term < terms; ++term) {
-    for (int n = 0; n < plan.images; ++n) {
-      const T* image_a = products[term].a + a_column + n * plan.a_image;
-      const T* image_b = products[term].b + b_column + n * plan.b_image;
-      for (const PixelPair& pixel : pixels) {
-        const T *a = image_a + pixel.a, *b = image_b + pixel.b;
+    for (int n = 0; n < pixels.images; ++n) {
+      const T* image_a = products[term].a + a_column + n * pixels.a_image;
+      const T* image_b = products[term].b + b_column + n * pixels.b_image;
+      for (int pixel = 0; pixel < pixels.count; ++pixel) {
+        const T *a = image_a + pixels.pairs[pixel].a, *b = image_b + pixels.pairs[pixel].b;
         typename S::Vector column[kVectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) column[j] = S::load(b + j * S::kWidth);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int i = 0; i < kRows; ++i) {
           const typename S::Vector value = S::fill(a[i]);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
           for (int j = 0; j < kVectors; ++j) sum[i][j] += value * column[j];
         }
       }
     }
   }
+#pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) S::store(c + (i * kVectors + j) * S::kWidth, sum[i][j]);
 }
 
-// Calls body(integral_constant<rows>, integral_constant<vectors>) for the run-time pair.
-template <int kVectors, class Body>
-inline void with_rows(int rows, const Body& body) {
-  constexpr std::integral_constant<int, kVectors> vectors;
-  static_assert(kTileRows == 6);
-  switch (rows) {
-    case 1:
-      return body(std::integral_constant<int, 1>(), vectors);
-    case 2:
-      return body(std::integral_constant<int, 2>(), vectors);
-    case 3:
-      return body(std::integral_constant<int, 3>(), vectors);
-    case 4:
-      return body(std::integral_constant<int, 4>(), vectors);
-    case 5:
-      return body(std::integral_constant<int, 5>(), vectors);
-    default:
-      return body(std::integral_constant<int, 6>(), vectors);
-  }
-}
+// The micro-kernels by rows and vectors of a tile.
+template <class T>
+struct Tiles {
+  using Gather = decltype(&gather_tile<T, 1, 1>);
+  using Outer = decltype(&outer_tile<T, 1, 1>);
+  Gather gather[kTileVectors][kMaxRows] = {};
+  Outer outer[kTileVectors][kMaxRows] = {};
 
-template <class Body>
-inline void with_tile(int rows, int vectors, const Body& body) {
-  if constexpr (kTileVectors == 4) {
-    if (vectors == 4) return with_rows<4>(rows, body);
-    if (vectors == 3) return with_rows<3>(rows, body);
+  static const Tiles& table() {
+    static constexpr Tiles tiles;
+    return tiles;
   }
-  if (vectors == 2) return with_rows<2>(rows, body);
-  return with_rows<1>(rows, body);
-}
 
-// Cuts `count` rows into the fewest tiles, as even as can be: body(first, rows).
+ private:
+  constexpr Tiles() { fill<1>(); }
+
+  template <int kVectors>
+  constexpr void fill() {
+    fill_rows<kVectors>(std::make_integer_sequence<int, tile_rows(kVectors)>());
+    if constexpr (kVectors < kTileVectors) fill<kVectors + 1>();
+  }
+
+  template <int kVectors, int... kRows>
+  constexpr void fill_rows(std::integer_sequence<int, kRows...>) {
+    ((gather[kVectors - 1][kRows] = &gather_tile<T, kRows + 1, kVectors>), ...);
+    ((outer[kVectors - 1][kRows] = &outer_tile<T, kRows + 1, kVectors>), ...);
+  }
+};
+
+// Cuts `count` rows into the fewest tiles of at most `most`, as even as can be: body(first, rows).
 template <class Body>
-inline void each_tile(int count, const Body& body) {
-  const int tiles = (count + kTileRows - 1) / kTileRows;
+inline void each_tile(int count, int most, const Body& body) {
+  if (count <= most) return body(0, count);
+  const int tiles = (count + most - 1) / most, least = count / tiles, larger = count % tiles;
   for (int i = 0, first = 0; i < tiles; ++i) {
-    const int rows = (count - first) / (tiles - i);
+    const int rows = least + (i < larger);
     body(first, rows);
     first += rows;
   }
@@ -178,14 +192,13 @@ void gather(const GatherPlan& plan, const Panels<T>& matrix, const Product<T>* p
             bool accumulate) {
   for (int p = 0; p < matrix.count(); ++p) {
     const int64_t column = int64_t{p} * Panels<T>::kColumns;
+    const int vectors = matrix.width(p) / Simd<T>::kWidth;
+    const auto& kernels = Tiles<T>::table().gather[vectors - 1];
     for (const Run& run : plan.runs) {
-      each_tile(run.count, [&](int first, int rows) {
-        with_tile(rows, matrix.width(p) / Simd<T>::kWidth, [&](auto rows_, auto vectors_) {
-          gather_tile<T, decltype(rows_)::value, decltype(vectors_)::value>(
-              plan.segments.data() + run.first_segment, run.segments, products, terms, run.a0 + first * run.a_stride,
-              run.a_stride, matrix.start(p), bias ? bias + column : nullptr, c + run.c0 + first * run.c_stride + column,
-              run.c_stride, accumulate);
-        });
+      each_tile(run.count, tile_rows(vectors), [&](int first, int rows) {
+        kernels[rows - 1](plan.segments.data() + run.first_segment, run.segments, products, terms,
+                          run.a0 + first * run.a_stride, run.a_stride, matrix.start(p), bias ? bias + column : nullptr,
+                          c + run.c0 + first * run.c_stride + column, run.c_stride, accumulate);
       });
     }
   }
@@ -196,15 +209,14 @@ template <class T>
 void outer(const OuterPlan& plan, const Panels<T>& matrix, const Product<T>* products, int terms, T* c) {
   const int inputs = int(matrix.rows / int64_t(plan.taps.size()));
   for (int p = 0; p < matrix.count(); ++p) {
-    const int width = matrix.width(p);
+    const int width = matrix.width(p), vectors = width / Simd<T>::kWidth;
+    const auto& kernels = Tiles<T>::table().outer[vectors - 1];
     for (size_t tap = 0; tap < plan.taps.size(); ++tap) {
       if (plan.taps[tap].empty()) continue;
-      each_tile(inputs, [&](int first, int rows) {
+      const Pixels pixels{plan.taps[tap].data(), int(plan.taps[tap].size()), plan.images, plan.a_image, plan.b_image};
+      each_tile(inputs, tile_rows(vectors), [&](int first, int rows) {
         T* out = c + matrix.start(p) + (int64_t(tap) * inputs + first) * width;
-        with_tile(rows, width / Simd<T>::kWidth, [&](auto rows_, auto vectors_) {
-          outer_tile<T, decltype(rows_)::value, decltype(vectors_)::value>(plan, plan.taps[tap], products, terms, first,
-                                                                           int64_t{p} * Panels<T>::kColumns, out);
-        });
+        kernels[rows - 1](pixels, products, terms, first, int64_t{p} * Panels<T>::kColumns, out);
       });
     }
   }
@@ -214,20 +226,28 @@ void outer(const OuterPlan& plan, const Panels<T>& matrix, const Product<T>* pro
 template <class T>
 void transpose(const Panels<T>& from, const T* source, const Panels<T>& to, T* target, int taps, int inputs,
                int outputs) {
+  using S = Simd<T>;
+  constexpr int kWidth = S::kWidth;
   for (int tap = 0; tap < taps; ++tap)
-    for (int p = 0; p < to.count(); ++p) {
-      const int width = to.width(p), first = p * Panels<T>::kColumns;
-      for (int q = 0; q < from.count(); ++q) {
-        const int from_width = from.width(q), last = std::min(outputs, (q + 1) * Panels<T>::kColumns);
-        for (int o = q * Panels<T>::kColumns; o < last; ++o) {
-          const T* in = source + from.start(q) + (int64_t{tap} * inputs + first) * from_width + o % Panels<T>::kColumns;
-          T* out = target + to.start(p) + (int64_t{tap} * outputs + o) * width;
-          const int valid = std::min(width, inputs - first);
-          for (int i = 0; i < valid; ++i) out[i] = in[int64_t{i} * from_width];
-          for (int i = valid; i < width; ++i) out[i] = 0;
+    for (int i = 0; i < inputs; i += kWidth)
+      for (int o = 0; o < outputs; o += kWidth) {
+        const int from_width = from.width(o / Panels<T>::kColumns), to_width = to.width(i / Panels<T>::kColumns);
+        const T* in = source + from.at(int64_t{tap} * inputs + i, o);
+        T* out = target + to.at(int64_t{tap} * outputs + o, i);
+        const int rows = std::min(kWidth, inputs - i), columns = std::min(kWidth, outputs - o);
+        typename S::Vector block[kWidth];
+        if (rows == kWidth && columns == kWidth) {
+#pragma GCC unroll 16
+          for (int k = 0; k < kWidth; ++k) block[k] = S::load(in + k * from_width);
+          transpose_block<T>(block);
+#pragma GCC unroll 16
+          for (int k = 0; k < kWidth; ++k) S::store(out + k * to_width, block[k]);
+        } else {
+          for (int k = 0; k < kWidth; ++k) block[k] = k < rows ? S::load(in + k * from_width) : S::fill(0);
+          transpose_block<T>(block);
+          for (int k = 0; k < columns; ++k) S::store(out + k * to_width, block[k]);
         }
       }
-    }
 }
 
 }  // namespace metaaug::METAAUG_ISA

@@ -6,9 +6,10 @@
 #include "loss.h"
 #include "ops/activation.h"
 #include "ops/batch_norm.h"
-#include "ops/conv2d.h"
 #include "ops/group_norm.h"
+#include "ops/narrow.h"
 #include "ops/pool.h"
+#include "packing.h"
 
 namespace metaaug::METAAUG_ISA {
 
@@ -24,16 +25,25 @@ constexpr OpFunctions<T> linear_map_functions() {
   return {L::plan, L::forward, L::backward, L::tangent, L::tangent_backward};
 }
 
+template <class T, bool kRelu, bool kPool>
+constexpr OpFunctions<T> batch_norm_functions() {
+  using B = BatchNorm<T, kRelu, kPool>;
+  return {B::plan, B::forward, B::backward, B::tangent, B::tangent_backward};
+}
+
 // The op table.
 template <class T>
-OpFunctions<T> functions(OpKind kind) {
-  switch (kind) {
+OpFunctions<T> functions(const Graph& graph, const Op& op) {
+  switch (op.kind) {
     case OpKind::kConv2d:
+      if (narrow_matrix<T>(graph.parameters[op.param[0]]))
+        return {conv2d::plan<T>, narrow::forward<T>, narrow::backward<T>, narrow::tangent<T>,
+                narrow::tangent_backward<T>};
       return {conv2d::plan<T>, conv2d::forward<T>, conv2d::backward<T>, conv2d::tangent<T>,
               conv2d::tangent_backward<T>};
     case OpKind::kBatchNorm:
-      return {batch_norm::plan<T>, batch_norm::forward<T>, batch_norm::backward<T>, batch_norm::tangent<T>,
-              batch_norm::tangent_backward<T>};
+      if (op.pool) return batch_norm_functions<T, true, true>();
+      return op.relu ? batch_norm_functions<T, true, false>() : batch_norm_functions<T, false, false>();
     case OpKind::kLayerNorm:
     case OpKind::kGroupNorm:
       return {group_norm::plan<T>, group_norm::forward<T>, group_norm::backward<T>, group_norm::tangent<T>,
@@ -84,6 +94,7 @@ template <class T>
 struct Network {
   const Graph* graph;
   int images;
+  const Op* patches = nullptr;  // the first convolution, if the input is laid out as what its pixels read
   std::vector<Layout> values;
   std::vector<OpPlan<T>> ops;
   std::vector<OpFunctions<T>> functions;
@@ -126,12 +137,32 @@ struct Network {
     return readers == 1;
   }
 
+  // Convolutions read an input without padding, and merge neighbouring pixels. A first one of few channels is made a
+  // 1x1 convolution of patches, of the same weights.
+  void lay_out_input(bool wants_input) {
+    if (wants_input) return;
+    const Op* only = nullptr;
+    int readers = 0;
+    for (const Op& op : graph->ops) {
+      if (op.input[0] != 0 && op.input[1] != 0) continue;
+      if (op.kind != OpKind::kConv2d || narrow_matrix<T>(graph->parameters[op.param[0]])) return;
+      only = &op;
+      ++readers;
+    }
+    Layout& input = values[0];
+    input.stride = input.shape.channels;
+    if (readers != 1) return;
+    const Shape& out = graph->values[only->output];
+    const int taps = only->kernel.y * only->kernel.x, size = taps * input.shape.channels;
+    if (taps == 1 || input.shape.channels >= Simd<T>::kWidth || size > out.channels) return;
+    patches = only;
+    input = {{size, out.height, out.width}, size};
+  }
+
   void lay_out(bool wants_input) {
     const auto& ops_in = graph->ops;
-    bool compact = !wants_input;  // convolutions read an input without padding, and merge neighbouring pixels
-    for (const Op& op : ops_in) compact &= op.input[0] != 0 || op.kind == OpKind::kConv2d;
     for (const Shape& shape : graph->values) values.push_back({shape, pad<T>(shape.channels)});
-    if (compact) values[0].stride = values[0].shape.channels;
+    lay_out_input(wants_input);
     input_size = pad<T>(images * values[0].sample());
     value_at.assign(values.size(), 0);
     values_size = wants_input ? input_size : 0;
@@ -139,12 +170,13 @@ struct Network {
       OpPlan<T> plan;
       plan.op = op;
       plan.images = images;
+      if (patches == &op) plan.op.kernel = plan.op.stride = plan.op.dilation = {}, plan.op.padding = {0, 0};
       for (int i = 0; i < 2; ++i)
         if (op.input[i] >= 0) plan.in[i] = values[op.input[i]];
       plan.out = values[op.output];
-      if (op.kind == OpKind::kBatchNorm && op.buffer[0] < 0 && plan.rows() < 2)
+      if (op.kind == OpKind::kBatchNorm && op.buffer[0] < 0 && plan.in_rows() < 2)
         throw std::invalid_argument("batch norm needs at least 2 values a channel (got 1 sample of 1 pixel)");
-      functions.push_back(METAAUG_ISA::functions<T>(op.kind));
+      functions.push_back(METAAUG_ISA::functions<T>(*graph, op));
       functions.back().plan(plan);
       if (in_place(op)) {
         value_at[op.output] = value_at[op.input[0]];

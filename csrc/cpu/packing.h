@@ -6,6 +6,12 @@
 
 namespace metaaug::METAAUG_ISA {
 
+// A matrix of so few outputs is kept as [outputs, inputs]; see ops/narrow.h.
+template <class T>
+bool narrow_matrix(const Parameter& p) {
+  return p.layout == LayoutKind::kMatrix && p.kernel.y * p.kernel.x == 1 && 4 * p.outputs <= Simd<T>::kWidth;
+}
+
 template <class T>
 class Packing {
  public:
@@ -17,7 +23,9 @@ class Packing {
       const int64_t padded = pad<T>(p.outputs);
       entry.position.reserve(p.size());
       for (int64_t i = 0; i < p.size(); ++i) {
-        if (p.layout == LayoutKind::kMatrix) {
+        if (narrow_matrix<T>(p)) {
+          entry.position.push_back(int32_t(i / p.inputs * pad<T>(p.inputs) + i % p.inputs));
+        } else if (p.layout == LayoutKind::kMatrix) {
           const int64_t tap = i % taps, input = i / taps % p.inputs, output = i / (int64_t{taps} * p.inputs);
           entry.position.push_back(int32_t(panels.at(tap * p.inputs + input, output)));
         } else if (p.layout == LayoutKind::kPicture) {
@@ -27,7 +35,8 @@ class Packing {
         }
       }
       entry.row = padded;
-      entry.size = p.layout == LayoutKind::kMatrix    ? panels.size()
+      entry.size = narrow_matrix<T>(p)                ? p.outputs * pad<T>(p.inputs)
+                   : p.layout == LayoutKind::kMatrix  ? panels.size()
                    : p.layout == LayoutKind::kPicture ? taps * padded
                                                       : p.rows * padded;
       size_ += entry.size;

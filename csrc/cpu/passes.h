@@ -85,7 +85,7 @@ struct Passes {
 
   OpCall<T> bind(size_t i, const Frame<T>& frame, const T* theta, const Pass& pass) const {
     const OpPlan<T>& plan = net.ops[i];
-    OpCall<T> call{plan};
+    OpCall<T> call(plan);
     for (int j = 0; j < 2; ++j) {
       if (plan.op.input[j] >= 0) call.x[j] = net.value(frame, plan.op.input[j]);
       if (plan.op.param[j] >= 0) call.p[j] = theta + parameter_at(plan.op.param[j], pass);

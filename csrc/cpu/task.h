@@ -23,7 +23,8 @@ struct Executor<T>::Worker {
   T *sum = nullptr, *rate_sum = nullptr;
 
   // Of size P: weights of every step, or one set that is overwritten; directions likewise.
-  T *path, *directions, *gradient, *second = nullptr, *adjoint = nullptr, *tangent = nullptr, *carry = nullptr;
+  T *path, *directions = nullptr, *gradient, *second = nullptr, *adjoint = nullptr, *tangent = nullptr,
+           *carry = nullptr;
   // Activations: a slot for each kept step; tangents and the query pass share theirs, being never alive together.
   std::vector<Frame<T>> slots;
   Frame<T> tangents, query;
@@ -80,7 +81,8 @@ struct Executor<T>::Worker {
     };
     const bool reverse = call.reverse(), momentum = call.settings.momentum != 0;
     path = take((plan.keep_path ? steps + 1 : 1) * size);
-    directions = take((plan.keep_directions ? steps : 1) * size);
+    if (plan.remembers || call.settings.optimizer == OptimizerKind::kAdam)
+      directions = take((plan.keep_directions ? steps : 1) * size);
     gradient = take(size);
     if (call.settings.optimizer == OptimizerKind::kAdam) second = take(size);
     if (reverse) adjoint = take(size);
@@ -126,35 +128,15 @@ struct Executor<T>::Worker {
       std::copy(engine.theta_.begin(), engine.theta_.end(), start);
     }
     if (!plan.support) return;
-    if (!call.support.rows) load_input(*plan.support, call.support, nullptr, slots[0].input);
-    std::fill(directions, directions + size, T(0));
+    if (!call.support.rows) load_input(*plan.support, of_task(call.support, call.support.x), nullptr, slots[0].input);
+    if (second) std::fill(directions, directions + size, T(0));
     if (second) std::fill(second, second + size, T(0));
   }
 
-  // Channels last, from samples in torch's layout.
-  void load_input(const Network<T>& net, const Samples<T>& samples, const int64_t* rows, T* input) const {
-    const Layout& layout = net.values[0];
-    const int pixels = layout.shape.pixels(), channels = layout.shape.channels;
-    for (int n = 0; n < net.images; ++n) {
-      const T* from = samples.x + (int64_t{task} * samples.count + (rows ? rows[n] : n)) * layout.shape.size();
-      T* to = input + n * layout.sample();
-      for (int i = 0; i < pixels; ++i, to += layout.stride) {
-        for (int c = 0; c < channels; ++c) to[c] = from[int64_t{c} * pixels + i];
-        std::fill(to + channels, to + layout.stride, T(0));
-      }
-    }
-  }
-
-  // The reverse of load_input: adds an adjoint of the input to the user's tensor.
-  void add_input_adjoint(const Network<T>& net, const Samples<T>& samples, const int64_t* rows, const T* from,
-                         T* target) const {
-    const Layout& layout = net.values[0];
-    const int pixels = layout.shape.pixels(), channels = layout.shape.channels;
-    for (int n = 0; n < net.images; ++n) {
-      T* to = target + (int64_t{task} * samples.count + (rows ? rows[n] : n)) * layout.shape.size();
-      for (int i = 0; i < pixels; ++i, from += layout.stride)
-        for (int c = 0; c < channels; ++c) to[int64_t{c} * pixels + i] += from[c];
-    }
+  // This task's part of inputs, or of their adjoints.
+  template <class Value>
+  Value* of_task(const Samples<T>& samples, Value* all) const {
+    return all + int64_t{task} * samples.count * graph().values[0].size();
   }
 
   const int64_t* support_rows(int k) const {
@@ -190,11 +172,11 @@ struct Executor<T>::Worker {
     return false;
   }
 
-  // `poison` sums up 0 * every value, which is 0 unless one of them is not finite.
-  bool finite(Vector poison, const T* values, int step, const char* what) {
-    T sum_of_poison = 0;
-    for (int i = 0; i < S::kWidth; ++i) sum_of_poison += poison[i];
-    if (sum_of_poison == T(0)) return true;
+  // `poison` is that of every value.
+  bool finite(typename S::Bits poison, const T* values, int step, const char* what) {
+    bool found = false;
+    for (int i = 0; i < S::kWidth; ++i) found |= poison[i] != 0;
+    if (!found) return true;
     const T* bad = std::find_if(values, values + size, [](T value) { return !std::isfinite(value); });
     return finite(*bad, step, false, what);
   }
@@ -205,7 +187,7 @@ struct Executor<T>::Worker {
     const Frame<T>& frame = slot(k);
     const Passes<T> run = passes(net);
     const int64_t* rows = support_rows(k);
-    if (rows) load_input(net, call.support, rows, frame.input);
+    if (rows) load_input(net, of_task(call.support, call.support.x), rows, frame.input);
     run.forward(frame, theta(k), pass(2 * k, k));
     const int out = graph().output;
     const T value = loss_forward(loss(net), targets(call.support, rows), net.value(frame, out), T(1),
@@ -218,10 +200,10 @@ struct Executor<T>::Worker {
     std::fill(gradient, gradient + size, T(0));
     if (!finite(evaluate(k, gradient), k, false, "loss")) return;
     const Settings& s = call.settings;
-    const T *from = theta(k), *m_from = direction(k > 0 ? k - 1 : 0);
-    T *to = theta(k + 1), *m_to = direction(k);
-    const T momentum = T(s.momentum), decay = T(s.weight_decay);
-    Vector poison{};
+    const T* from = theta(k);
+    T* to = theta(k + 1);
+    const T momentum = k > 0 ? T(s.momentum) : T(0), decay = T(s.weight_decay);
+    typename S::Bits poison{};
     for (int p = 0; p < packing.count(); ++p) {
       const RateView& rate = engine.rate_views_[p];
       const int64_t first = packing.offset(p), last = first + packing.size(p);
@@ -230,20 +212,31 @@ struct Executor<T>::Worker {
         continue;
       }
       const T* alpha = engine.rates_.data() + rate.offset + k * rate.row;
-      const Adam adam(s, k);
-      for (int64_t i = first; i < last; i += S::kWidth) {
-        const Vector here = S::load(from + i);
-        Vector m = S::load(gradient + i) + decay * here;
-        if (second) {
-          m = adam(m, directions + i, second + i);
-        } else {
-          if (momentum != T(0) && k > 0) m += momentum * S::load(m_from + i);
-          S::store(m_to + i, m);
+      const auto descend = [&](const auto& direction_at) {
+        const Vector shared = S::fill(*alpha);
+        for (int64_t i = first; i < last; i += S::kWidth) {
+          const Vector here = S::load(from + i), m = direction_at(i, here);
+          const Vector next = here - (rate.per_element ? S::load(alpha + i - first) : shared) * m;
+          poison |= S::poison(next);
+          S::store(to + i, next);
         }
-        const Vector rates = rate.per_element ? S::load(alpha + i - first) : S::fill(*alpha);
-        const Vector next = here - rates * m;
-        poison += next * T(0);
-        S::store(to + i, next);
+      };
+      if (second) {
+        const Adam adam(s, k);
+        descend([&](int64_t i, Vector here) {
+          return adam(S::load(gradient + i) + decay * here, directions + i, second + i);
+        });
+      } else if (plan.remembers) {
+        const T* m_from = direction(k > 0 ? k - 1 : 0);
+        T* m_to = direction(k);
+        descend([=](int64_t i, Vector here) {
+          Vector m = S::load(gradient + i) + decay * here;
+          if (momentum != T(0)) m += momentum * S::load(m_from + i);
+          S::store(m_to + i, m);
+          return m;
+        });
+      } else {
+        descend([=](int64_t i, Vector here) { return S::load(gradient + i) + decay * here; });
       }
     }
     finite(poison, to, k, "an adapted weight");
@@ -278,7 +271,7 @@ struct Executor<T>::Worker {
     const Passes<T> run = passes(net);
     const int behind = call.settings.first_step + k;
     const Pass query_pass = pass(2 * behind + 1, std::max(behind - 1, 0));
-    load_input(net, call.query, nullptr, query.input);
+    load_input(net, of_task(call.query, call.query.x), nullptr, query.input);
     run.forward(query, theta(k), query_pass);
     const int out = graph().output;
     const T* z = net.value(query, out);
@@ -305,7 +298,8 @@ struct Executor<T>::Worker {
     }
     if (!grad) return;
     run.backward(query, theta(k), query_pass, net.outer, grad);
-    if (call.grad_query_x) add_input_adjoint(net, call.query, nullptr, net.adjoint(query, 0), call.grad_query_x);
+    if (call.grad_query_x)
+      add_input_adjoint(net, net.adjoint(query, 0), nullptr, of_task(call.query, call.grad_query_x));
   }
 
   // Batch mean and unbiased variance of every batch norm of the pass, in order of ops.
@@ -318,7 +312,7 @@ struct Executor<T>::Worker {
       const OpPlan<T>& op = net.ops[i];
       if (op.op.kind != OpKind::kBatchNorm) continue;
       const T* saved = query.saved + net.saved_at[i];
-      const T unbiased = T(op.rows()) / T(std::max<int64_t>(op.rows() - 1, 1));
+      const T unbiased = T(op.in_rows()) / T(std::max<int64_t>(op.in_rows() - 1, 1));
       for (int c = 0; c < op.out.shape.channels; ++c) *to++ = saved[c];
       for (int c = 0; c < op.out.shape.channels; ++c) *to++ = saved[2 * op.out.stride + c] * unbiased;
     }
@@ -331,30 +325,42 @@ struct Executor<T>::Worker {
     for (int p = 0; p < packing.count(); ++p) {
       const RateView& rate = engine.rate_views_[p];
       if (rate.offset < 0) continue;
-      const int64_t first = packing.offset(p), last = first + packing.size(p), at = rate.offset + k * rate.row;
-      const T* alpha = engine.rates_.data() + at;
-      Vector dot{};
-      for (int64_t i = first; i < last; i += S::kWidth) {
-        const Vector v = S::load(adjoint + i);
-        Vector u = (rate.per_element ? S::load(alpha + i - first) : S::fill(*alpha)) * v;
-        if (rate_sum) {
-          const Vector share = v * S::load(direction(k) + i);
-          if (rate.per_element)
-            S::store(rate_sum + at + i - first, S::load(rate_sum + at + i - first) - share);
-          else
-            dot += share;
-        }
-        if (carry) {
-          u += S::load(carry + i);
+      const int64_t first = packing.offset(p), last = first + packing.size(p);
+      const T* alpha = engine.rates_.data() + rate.offset + k * rate.row;
+      const Vector shared = S::fill(*alpha);
+      const auto rate_of = [&](int64_t i) { return rate.per_element ? S::load(alpha + i - first) : shared; };
+      if (rate_sum) add_rate_gradient(k, rate, first, last);
+      if (carry) {
+        for (int64_t i = first; i < last; i += S::kWidth) {
+          const Vector v = S::load(adjoint + i), u = rate_of(i) * v + S::load(carry + i);
           S::store(carry + i, momentum * u);
+          S::store(tangent + i, -u);
+          S::store(adjoint + i, v - decay * u);
         }
-        S::store(tangent + i, -u);
-        S::store(adjoint + i, v - decay * u);
+      } else {
+        for (int64_t i = first; i < last; i += S::kWidth) {
+          const Vector v = S::load(adjoint + i), u = rate_of(i) * v;
+          S::store(tangent + i, -u);
+          S::store(adjoint + i, v - decay * u);
+        }
       }
-      if (rate_sum && !rate.per_element)
-        for (int i = 0; i < S::kWidth; ++i) rate_sum[at] -= dot[i];
     }
     if (!call.settings.first_order) add_hessian_product(k);
+  }
+
+  // dL/dalpha_k -= v m_{k+1}
+  void add_rate_gradient(int k, const RateView& rate, int64_t first, int64_t last) {
+    T* sum_at = rate_sum + rate.offset + k * rate.row;
+    const T* m = direction(k);
+    Vector dot{};
+    for (int64_t i = first; i < last; i += S::kWidth) {
+      const Vector share = S::load(adjoint + i) * S::load(m + i);
+      if (rate.per_element)
+        S::store(sum_at + i - first, S::load(sum_at + i - first) - share);
+      else
+        dot += share;
+    }
+    for (int i = 0; !rate.per_element && i < S::kWidth; ++i) *sum_at -= dot[i];
   }
 
   void add_hessian_product(int k) {
@@ -372,12 +378,13 @@ struct Executor<T>::Worker {
                  call.grad_support_y ? call.grad_support_y + first * outputs : nullptr,
                  call.grad_support_weight ? call.grad_support_weight + first : nullptr);
     run.tangent_backward(frame, tangents, theta(k), tangent, pass(2 * k, k), adjoint);
-    if (call.grad_support_x) add_input_adjoint(net, call.support, rows, net.adjoint(tangents, 0), call.grad_support_x);
+    if (call.grad_support_x)
+      add_input_adjoint(net, net.adjoint(tangents, 0), rows, of_task(call.support, call.grad_support_x));
   }
 
   void finish() {
-    Vector poison{};
-    for (int64_t i = 0; i < size; i += S::kWidth) poison += S::load(adjoint + i) * T(0);
+    typename S::Bits poison{};
+    for (int64_t i = 0; i < size; i += S::kWidth) poison |= S::poison(S::load(adjoint + i));
     if (!finite(poison, adjoint, 0, "the meta-gradient")) return;
     if (call.grad_parameters)
       for (int64_t i = 0; i < size; ++i) sum[i] += adjoint[i];

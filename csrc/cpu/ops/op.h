@@ -3,7 +3,7 @@
 
 #include "../../graph.h"
 #include "../../math.h"
-#include "../gemm.h"
+#include "../winograd.h"
 
 namespace metaaug::METAAUG_ISA {
 
@@ -25,8 +25,11 @@ struct OpPlan {
   Panels<T> matrix, transposed;
   GatherPlan forward, input_gradient;
   OuterPlan weight_gradient;
+  bool winograd = false;  // instead of the plans above
+  Winograd<T> forward_tiles, input_gradient_tiles;
 
   int64_t rows() const { return int64_t{images} * out.shape.pixels(); }
+  int64_t in_rows() const { return int64_t{images} * in[0].shape.pixels(); }
 };
 
 // Primes of the design are `_t` here: x_t is the tangent of x, dx the adjoint, dx_t the tangent of the adjoint.
@@ -34,6 +37,8 @@ struct OpPlan {
 // to where `accumulate` says so.
 template <class T>
 struct OpCall {
+  explicit OpCall(const OpPlan<T>& plan) : plan(plan) {}
+
   const OpPlan<T>& plan;
   const T* x[2] = {};
   T* y = nullptr;
@@ -83,18 +88,24 @@ inline void each_block(int64_t stride, const Body& body) {
 
 // Sums kSums vectors over rows; body(row, sums) adds one row. In chunks, so that rounding does not grow with rows.
 template <class T, int kSums, int kVectors, class Body>
-inline void sum_rows(int64_t rows, typename Simd<T>::Vector (&total)[kSums][kVectors], const Body& body) {
+inline void sum_chunks(int64_t rows, int64_t chunk, typename Simd<T>::Vector (&total)[kSums][kVectors],
+                       const Body& body) {
   using Vector = typename Simd<T>::Vector;
   for (int s = 0; s < kSums; ++s)
     for (int j = 0; j < kVectors; ++j) total[s][j] = Vector{};
-  for (int64_t first = 0; first < rows; first += 128) {
+  for (int64_t first = 0; first < rows; first += chunk) {
     Vector part[kSums][kVectors];
     for (int s = 0; s < kSums; ++s)
       for (int j = 0; j < kVectors; ++j) part[s][j] = Vector{};
-    for (int64_t row = first; row < std::min(rows, first + 128); ++row) body(row, part);
+    for (int64_t row = first; row < std::min(rows, first + chunk); ++row) body(row, part);
     for (int s = 0; s < kSums; ++s)
       for (int j = 0; j < kVectors; ++j) total[s][j] += part[s][j];
   }
+}
+
+template <class T, int kSums, int kVectors, class Body>
+inline void sum_rows(int64_t rows, typename Simd<T>::Vector (&total)[kSums][kVectors], const Body& body) {
+  sum_chunks<T>(rows, 128, total, body);
 }
 
 // out[channel] += the sum of dy over rows: the adjoint of a bias.

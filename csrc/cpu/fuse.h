@@ -1,0 +1,38 @@
+// Draws the relu and the 2x2 max pool behind a batch norm into it: the pictures between them are then never stored.
+#pragma once
+
+#include "../graph.h"
+
+namespace metaaug::METAAUG_ISA {
+
+inline Graph fuse(Graph graph) {
+  std::vector<int> readers(graph.values.size(), 0);
+  for (const Op& op : graph.ops)
+    for (int input : op.input)
+      if (input >= 0) ++readers[input];
+  const auto follows = [&](const Op& op, const Op& norm) {
+    return op.input[0] == norm.output && readers[norm.output] == 1 && norm.output != graph.output;
+  };
+  const auto is = [](Pair pair, int value) { return pair.y == value && pair.x == value; };
+  const auto halves = [&](const Op& op) {
+    return op.kind == OpKind::kMaxPool && is(op.kernel, 2) && is(op.stride, 2) && is(op.padding, 0) &&
+           is(op.dilation, 1);
+  };
+  std::vector<Op> ops;
+  for (const Op& op : graph.ops) {
+    Op* last = ops.empty() || ops.back().kind != OpKind::kBatchNorm ? nullptr : &ops.back();
+    if (last && follows(op, *last) && !last->relu && op.kind == OpKind::kRelu) {
+      last->relu = true;
+      last->output = op.output;
+    } else if (last && follows(op, *last) && last->relu && !last->pool && halves(op)) {
+      last->pool = true;
+      last->output = op.output;
+    } else {
+      ops.push_back(op);
+    }
+  }
+  graph.ops = std::move(ops);
+  return graph;
+}
+
+}  // namespace metaaug::METAAUG_ISA
