@@ -115,7 +115,7 @@ class Winograd {
 
  private:
   static constexpr int kPositions = 16;
-  static constexpr int64_t kLine = 64 / sizeof(T);         // keeps positions apart in the cache's sets
+  static constexpr int64_t kLine = 64 / sizeof(T);    // keeps positions apart in the cache's sets
   static constexpr int64_t kBlockBytes = 200 * 1024;  // of transformed tiles, to stay in the second cache
 
   // G w and G^T w
@@ -140,7 +140,8 @@ class Winograd {
 
   // Addresses of kSize x kSize pixels from (y, x) on; `outside` stands for those beyond the picture.
   template <int kSize, class Value>
-  static void locate(const Picture& picture, Value* image, int y, int x, Value* outside, Value* (&pixel)[kSize][kSize]) {
+  static void locate(const Picture& picture, Value* image, int y, int x, Value* outside,
+                     Value* (&pixel)[kSize][kSize]) {
     for (int i = 0; i < kSize; ++i)
       for (int j = 0; j < kSize; ++j) {
         const bool inside = y + i >= 0 && y + i < picture.height && x + j >= 0 && x + j < picture.width;
