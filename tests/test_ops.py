@@ -161,6 +161,16 @@ def test_convolutions_by_minimal_filtering(size, padding):
     check(*drawn(lambda: (channels, *size), lambda _: nn.Conv2d(channels, outputs, 3, 1, padding, bias=coin())))
 
 
+def test_a_bias_that_moves_alone():
+    """Under a convolution whose input and weights stay, the tangent is the bias's."""
+    for conv in (nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, 2), nn.Conv2d(16, 1, 1)):
+        model = Sandwich((2, 9, 9), (16, 9, 9), conv)
+        problem = inner_problem(model, 0.3, 2, loss="mse", adapt=["op.bias"])
+        support, query = (each(randn(2, 4, 2, 9, 9), randn(2, 4, 3)) for each in (Support, Query))
+        executors, inputs = (choose_executor(problem, (2, 9, 9), "fused"), reference), leaves(problem, support, query)
+        assert_close(*(gradients(each.meta_loss(problem, support, query).loss, inputs) for each in executors), 1e-10)
+
+
 @pytest.mark.parametrize("draw", range(DRAWS))
 def test_a_first_convolution_of_few_channels(draw):
     """Without a gradient of the input it reads patches."""

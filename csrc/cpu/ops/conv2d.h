@@ -154,7 +154,8 @@ const T* transposed(const OpCall<T>& call, const T* source, int half) {
 template <class T>
 void convolve(const OpCall<T>& call, Product<T>* products, int terms, const T* bias, T* c) {
   const OpPlan<T>& plan = call.plan;
-  if (!plan.winograd) return gather<T>(plan.forward, plan.matrix, products, terms, bias, c, false);
+  // Without a product, the bias alone is left, which the direct way spreads.
+  if (!plan.winograd || terms == 0) return gather<T>(plan.forward, plan.matrix, products, terms, bias, c, false);
   T* scratch = call.scratch;
   for (int term = 0; term < terms; ++term, scratch += plan.forward_tiles.weights()) {
     plan.forward_tiles.transform_weights(plan.matrix, products[term].b, false, scratch);
