@@ -52,7 +52,9 @@ struct Op {
   int groups = 1;
   int site = 0;  // ordinal of a dropout call
   bool count_padding = true;
-  bool relu = false, pool = false;  // what an executor has drawn into a batch norm: a relu, a 2x2 max pool behind it
+  // What an executor has found: a relu and a 2x2 max pool behind a batch norm are done by it; a batch norm behind this
+  // takes the bias away again.
+  bool relu = false, pool = false, idle_bias = false;
   double eps = 0;
   double scalar[2] = {0, 0};  // leaky slope | softplus beta, threshold | dropout p
 };

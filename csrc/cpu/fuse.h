@@ -1,4 +1,5 @@
 // Draws the relu and the 2x2 max pool behind a batch norm into it: the pictures between them are then never stored.
+// Finds the biases in front of batch norms, whose gradient is zero: a norm takes away what all its samples share.
 #pragma once
 
 #include "../graph.h"
@@ -30,6 +31,11 @@ inline Graph fuse(Graph graph) {
     } else {
       ops.push_back(op);
     }
+  }
+  for (size_t i = 1; i < ops.size(); ++i) {
+    Op &conv = ops[i - 1], &norm = ops[i];
+    conv.idle_bias = conv.kind == OpKind::kConv2d && norm.kind == OpKind::kBatchNorm && norm.buffer[0] < 0 &&
+                     norm.input[0] == conv.output && readers[conv.output] == 1 && conv.output != graph.output;
   }
   graph.ops = std::move(ops);
   return graph;

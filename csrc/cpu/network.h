@@ -201,7 +201,7 @@ struct Network {
       Wants& w = result[i];
       w.active = values_wanted[op.output];
       for (int j = 0; w.active && j < 2; ++j) {
-        w.dp[j] = op.param[j] >= 0 && params_wanted[op.param[j]];
+        w.dp[j] = op.param[j] >= 0 && params_wanted[op.param[j]] && !(j == 1 && op.idle_bias);
         if (op.input[j] < 0 || !values_wanted[op.input[j]]) continue;
         w.dx[j] = true;
         w.accumulate[j] = written[op.input[j]];

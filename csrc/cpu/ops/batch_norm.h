@@ -24,15 +24,16 @@ struct BatchNorm {
   static void plan(OpPlan<T>& plan) {
     plan.saved = 3 * plan.out.stride;
     plan.saved_tangent = 2 * plan.out.stride;
+    plan.scratch = kMaxSums * plan.out.stride;
   }
 
   // A frozen call finds mean and r in `saved`, where the executor has put the constants.
   static void forward(const OpCall<T>& call) {
     if (!frozen(call)) statistics(call);
-    each_block<T>(call.plan.out.stride, [&](int64_t channel, auto vectors) {
+    each_part(call, [&](const Lines& lines, int64_t channel, auto vectors) {
       constexpr int kVectors = decltype(vectors)::value;
       const Normal<kVectors> normal(call, channel);
-      each_window(call.plan, [&](int64_t to, const int64_t (&from)[kWindow]) {
+      each_window(call.plan, lines, [&](int64_t to, const int64_t (&from)[kWindow]) {
         for (int j = 0; j < kVectors; ++j) {
           const Choice best = normal.choose(from, j);
           const Vector y = !kRelu ? best.z : best.z < Vector{} ? Vector{} : best.z;
@@ -43,68 +44,83 @@ struct BatchNorm {
   }
 
   static void backward(const OpCall<T>& call) {
+    const int64_t stride = call.plan.out.stride;
     const T share = mean_share(call);
-    each_block<T>(call.plan.out.stride, [&](int64_t channel, auto vectors) {
+    // dz, dz xh
+    const T* sums = sum_parts<2>(call, [&](const Lines& lines, int64_t channel, auto vectors, auto& part) {
       constexpr int kVectors = decltype(vectors)::value;
       const Normal<kVectors> normal(call, channel);
-      Sums<2, kVectors> sums;  // dz, dz xh
-      sum_windows(call.plan, sums, [&](int64_t to, const int64_t (&from)[kWindow], auto& part) {
+      each_window(call.plan, lines, [&](int64_t to, const int64_t (&from)[kWindow]) {
         for (int j = 0; j < kVectors; ++j) {
           const Choice best = normal.choose(from, j);
-          const Vector dz = best.through(S::load(call.dy + to * normal.stride + channel + j * S::kWidth));
+          const Vector dz = best.through(S::load(call.dy + to * stride + channel + j * S::kWidth));
           part[0][j] += dz;
           part[1][j] += dz * best.xh;
         }
       });
-      for (int p = 0; p < 2; ++p)
-        for (int j = 0; call.dp[p] && j < kVectors; ++j) add(call.dp[p] + channel + j * S::kWidth, sums[1 - p][j]);
-      if (!call.dx[0]) return;
+    });
+    for (int p = 0; p < 2; ++p)
+      if (call.dp[p]) add(call.dp[p], sums + (1 - p) * stride, stride);
+    if (!call.dx[0]) return;
+    each_part(call, [&](const Lines& lines, int64_t channel, auto vectors) {
+      constexpr int kVectors = decltype(vectors)::value;
+      const Normal<kVectors> normal(call, channel);
+      const Block<kVectors> dz_sum(sums, channel, T(0)), dz_xh_sum(sums + stride, channel, T(0));
+      Vector scale[kVectors], mean_dz[kVectors], mean_dz_xh[kVectors];
+      for (int j = 0; j < kVectors; ++j) {
+        scale[j] = normal.gamma[j] * normal.r[j];
+        mean_dz[j] = share * dz_sum[j];
+        mean_dz_xh[j] = share * dz_xh_sum[j];
+      }
       const auto dx_at = [&](int64_t row, int j, Vector dz) {
-        const Vector xh = normal.xh(row, j);
-        const Vector dx = normal.gamma[j] * normal.r[j] * (dz - share * (sums[0][j] + xh * sums[1][j]));
-        put_vector(call.dx[0] + row * normal.stride + channel + j * S::kWidth, dx, call.accumulate[0]);
+        const Vector dx = scale[j] * (dz - mean_dz[j] - normal.xh(row, j) * mean_dz_xh[j]);
+        put_vector(call.dx[0] + row * stride + channel + j * S::kWidth, dx, call.accumulate[0]);
       };
-      each_window(call.plan, [&](int64_t to, const int64_t (&from)[kWindow]) {
+      each_window(call.plan, lines, [&](int64_t to, const int64_t (&from)[kWindow]) {
         for (int j = 0; j < kVectors; ++j) {
           const Choice best = normal.choose(from, j);
-          const Vector dz = best.through(S::load(call.dy + to * normal.stride + channel + j * S::kWidth));
+          const Vector dz = best.through(S::load(call.dy + to * stride + channel + j * S::kWidth));
           for (int tap = 0; tap < kWindow; ++tap) dx_at(from[tap], j, best.at(tap, dz));
         }
       });
-      each_pixel_outside(call.plan, [&](int64_t row) {
+      each_pixel_outside(call.plan, lines, [&](int64_t row) {
         for (int j = 0; j < kVectors; ++j) dx_at(row, j, Vector{});
       });
     });
   }
 
   static void tangent(const OpCall<T>& call) {
-    const int64_t rows = call.plan.in_rows(), stride = call.plan.out.stride;
+    const int64_t stride = call.plan.out.stride;
     const T share = mean_share(call);
-    each_block<T>(stride, [&](int64_t channel, auto vectors) {
-      constexpr int kVectors = decltype(vectors)::value;
-      const Normal<kVectors> normal(call, channel);
-      const Block<kVectors> gamma_t(call.p_t[0], channel, T(0)), beta_t(call.p_t[1], channel, T(0));
-      Sums<2, kVectors> sums = {};  // x', xh x'
-      if (call.x_t[0]) {
-        sum_rows<T>(rows, sums, [&](int64_t row, auto& part) {
+    T* saved = call.saved_tangent;
+    std::fill(saved, saved + 2 * stride, T(0));
+    if (call.x_t[0] && !frozen(call)) {
+      // x', xh x'
+      const T* sums = sum_parts<2>(call, [&](const Lines& lines, int64_t channel, auto vectors, auto& part) {
+        constexpr int kVectors = decltype(vectors)::value;
+        const Normal<kVectors> normal(call, channel);
+        each_pixel(call.plan, lines, [&](int64_t row) {
           for (int j = 0; j < kVectors; ++j) {
             const Vector x_t = S::load(call.x_t[0] + row * stride + channel + j * S::kWidth);
             part[0][j] += x_t;
             part[1][j] += x_t * normal.xh(row, j);
           }
         });
-      }
-      for (int j = 0; j < kVectors; ++j) {
-        S::store(call.saved_tangent + channel + j * S::kWidth, sums[0][j] *= share);
-        S::store(call.saved_tangent + stride + channel + j * S::kWidth, sums[1][j] *= share);
-      }
-      each_window(call.plan, [&](int64_t to, const int64_t (&from)[kWindow]) {
+      });
+      for (int64_t i = 0; i < 2 * stride; ++i) saved[i] = share * sums[i];
+    }
+    each_part(call, [&](const Lines& lines, int64_t channel, auto vectors) {
+      constexpr int kVectors = decltype(vectors)::value;
+      const Normal<kVectors> normal(call, channel);
+      const Block<kVectors> gamma_t(call.p_t[0], channel, T(0)), beta_t(call.p_t[1], channel, T(0)),
+          mean_t(saved, channel, T(0)), q(saved + stride, channel, T(0));
+      each_window(call.plan, lines, [&](int64_t to, const int64_t (&from)[kWindow]) {
         for (int j = 0; j < kVectors; ++j) {
           const Choice best = normal.choose(from, j);
           Vector z_t = gamma_t[j] * best.xh + beta_t[j];
           if (call.x_t[0]) {
             const Vector x_t = best.load(call.x_t[0] + channel + j * S::kWidth, from, stride);
-            z_t += normal.gamma[j] * normal.r[j] * (x_t - sums[0][j] - best.xh * sums[1][j]);
+            z_t += normal.gamma[j] * normal.r[j] * (x_t - mean_t[j] - best.xh * q[j]);
           }
           S::store(call.y_t + to * stride + channel + j * S::kWidth, best.through(z_t));
         }
@@ -115,14 +131,11 @@ struct BatchNorm {
   static void tangent_backward(const OpCall<T>& call) {
     const int64_t stride = call.plan.out.stride;
     const T share = mean_share(call);
-    each_block<T>(stride, [&](int64_t channel, auto vectors) {
+    // dz, dz xh, dz', dz' xh + dz xh'
+    const T* sums = sum_parts<4>(call, [&](const Lines& lines, int64_t channel, auto vectors, auto& part) {
       constexpr int kVectors = decltype(vectors)::value;
-      const Normal<kVectors> normal(call, channel);
-      const Block<kVectors> gamma_t(call.p_t[0], channel, T(0)), mean_t(call.saved_tangent, channel, T(0)),
-          q(call.saved_tangent + stride, channel, T(0));
-      const auto xh_t = [&](Vector x_t, Vector xh, int j) { return normal.r[j] * (x_t - mean_t[j] - xh * q[j]); };
-      Sums<4, kVectors> sums;  // dz, dz xh, dz', dz' xh + dz xh'
-      sum_windows(call.plan, sums, [&](int64_t to, const int64_t (&from)[kWindow], auto& part) {
+      const NormalTangent<kVectors> normal(call, channel);
+      each_window(call.plan, lines, [&](int64_t to, const int64_t (&from)[kWindow]) {
         for (int j = 0; j < kVectors; ++j) {
           const int64_t column = channel + j * S::kWidth;
           const Choice best = normal.choose(from, j);
@@ -132,29 +145,36 @@ struct BatchNorm {
           part[1][j] += dz * best.xh;
           part[2][j] += dz_t;
           part[3][j] += dz_t * best.xh;
-          if (call.x_t[0]) part[3][j] += dz * xh_t(best.load(call.x_t[0] + column, from, stride), best.xh, j);
+          if (call.x_t[0]) part[3][j] += dz * normal.xh_t(best.load(call.x_t[0] + column, from, stride), best.xh, j);
         }
       });
-      for (int p = 0; p < 2; ++p)
-        for (int j = 0; call.dp_t[p] && j < kVectors; ++j) add(call.dp_t[p] + channel + j * S::kWidth, sums[3 - p][j]);
-      if (!call.dx_t[0]) return;
+    });
+    for (int p = 0; p < 2; ++p)
+      if (call.dp_t[p]) add(call.dp_t[p], sums + (3 - p) * stride, stride);
+    if (!call.dx_t[0]) return;
+    each_part(call, [&](const Lines& lines, int64_t channel, auto vectors) {
+      constexpr int kVectors = decltype(vectors)::value;
+      const NormalTangent<kVectors> normal(call, channel);
+      const Block<kVectors> gamma_t(call.p_t[0], channel, T(0)), dz_sum(sums, channel, T(0)),
+          dz_xh_sum(sums + stride, channel, T(0)), dz_t_sum(sums + 2 * stride, channel, T(0)),
+          mixed_sum(sums + 3 * stride, channel, T(0));
       Vector h[kVectors], hxh[kVectors], h_t[kVectors], hxh_t[kVectors], r_t[kVectors];  // means
       for (int j = 0; j < kVectors; ++j) {
-        h[j] = share * normal.gamma[j] * sums[0][j];
-        hxh[j] = share * normal.gamma[j] * sums[1][j];
-        h_t[j] = share * (gamma_t[j] * sums[0][j] + normal.gamma[j] * sums[2][j]);
-        hxh_t[j] = share * (gamma_t[j] * sums[1][j] + normal.gamma[j] * sums[3][j]);
-        r_t[j] = -normal.r[j] * normal.r[j] * q[j];
+        h[j] = share * normal.gamma[j] * dz_sum[j];
+        hxh[j] = share * normal.gamma[j] * dz_xh_sum[j];
+        h_t[j] = share * (gamma_t[j] * dz_sum[j] + normal.gamma[j] * dz_t_sum[j]);
+        hxh_t[j] = share * (gamma_t[j] * dz_xh_sum[j] + normal.gamma[j] * mixed_sum[j]);
+        r_t[j] = -normal.r[j] * normal.r[j] * normal.q[j];
       }
       const auto dx_t_at = [&](int64_t row, int j, Vector dz, Vector dz_t) {
         const int64_t at = row * stride + channel + j * S::kWidth;
         const Vector xh = normal.xh(row, j);
         const Vector plain = normal.gamma[j] * dz - h[j] - xh * hxh[j];
         Vector moved = gamma_t[j] * dz + normal.gamma[j] * dz_t - h_t[j] - xh * hxh_t[j];
-        if (call.x_t[0]) moved -= xh_t(S::load(call.x_t[0] + at), xh, j) * hxh[j];
+        if (call.x_t[0]) moved -= normal.xh_t(S::load(call.x_t[0] + at), xh, j) * hxh[j];
         put_vector(call.dx_t[0] + at, r_t[j] * plain + normal.r[j] * moved, call.accumulate[0]);
       };
-      each_window(call.plan, [&](int64_t to, const int64_t (&from)[kWindow]) {
+      each_window(call.plan, lines, [&](int64_t to, const int64_t (&from)[kWindow]) {
         for (int j = 0; j < kVectors; ++j) {
           const int64_t column = channel + j * S::kWidth;
           const Choice best = normal.choose(from, j);
@@ -163,19 +183,20 @@ struct BatchNorm {
           for (int tap = 0; tap < kWindow; ++tap) dx_t_at(from[tap], j, best.at(tap, dz), best.at(tap, dz_t));
         }
       });
-      each_pixel_outside(call.plan, [&](int64_t row) {
+      each_pixel_outside(call.plan, lines, [&](int64_t row) {
         for (int j = 0; j < kVectors; ++j) dx_t_at(row, j, Vector{}, Vector{});
       });
     });
   }
 
  private:
-  template <int kSums, int kVectors>
-  using Sums = Vector[kSums][kVectors];
+  static constexpr int kMaxSums = 4;
 
   static bool frozen(const OpCall<T>& call) { return call.plan.op.buffer[0] >= 0; }
   static T mean_share(const OpCall<T>& call) { return frozen(call) ? T(0) : T(1) / T(call.plan.in_rows()); }
-  static void add(T* target, Vector value) { S::store(target, S::load(target) + value); }
+  static void add(T* target, const T* values, int64_t size) {
+    for (int64_t i = 0; i < size; ++i) target[i] += values[i];
+  }
   static void put_vector(T* target, Vector value, bool accumulate) {
     S::store(target, accumulate ? S::load(target) + value : value);
   }
@@ -236,79 +257,126 @@ struct BatchNorm {
     }
   };
 
+  template <int kVectors>
+  struct NormalTangent : Normal<kVectors> {
+    const Block<kVectors> mean_t, q;
+    NormalTangent(const OpCall<T>& call, int64_t channel)
+        : Normal<kVectors>(call, channel),
+          mean_t(call.saved_tangent, channel, T(0)),
+          q(call.saved_tangent + this->stride, channel, T(0)) {}
+    Vector xh_t(Vector x_t, Vector xh, int j) const { return this->r[j] * (x_t - mean_t[j] - xh * q[j]); }
+  };
+
   static void statistics(const OpCall<T>& call) {
     const int64_t rows = call.plan.in_rows(), stride = call.plan.out.stride;
     const int channels = call.plan.out.shape.channels;
-    const T eps = T(call.plan.op.eps);
-    each_block<T>(stride, [&](int64_t channel, auto vectors) {
-      constexpr int kVectors = decltype(vectors)::value;
-      const T* x = call.x[0] + channel;
-      Sums<1, kVectors> mean, square;
-      sum_rows<T>(rows, mean, [&](int64_t row, auto& part) {
-        for (int j = 0; j < kVectors; ++j) part[0][j] += S::load(x + row * stride + j * S::kWidth);
+    T *mean = call.saved, *r = mean + stride, *variance = r + stride;
+    const T* sum = sum_parts<1>(call, [&](const Lines& lines, int64_t channel, auto vectors, auto& part) {
+      each_pixel(call.plan, lines, [&](int64_t row) {
+        for (int j = 0; j < vectors.value; ++j)
+          part[0][j] += S::load(call.x[0] + row * stride + channel + j * S::kWidth);
       });
-      for (int j = 0; j < kVectors; ++j) mean[0][j] /= S::fill(T(rows));
-      sum_rows<T>(rows, square, [&](int64_t row, auto& part) {
-        for (int j = 0; j < kVectors; ++j) {
-          const Vector centred = S::load(x + row * stride + j * S::kWidth) - mean[0][j];
+    });
+    for (int64_t c = 0; c < stride; ++c) mean[c] = sum[c] / T(rows);
+    const T* square = sum_parts<1>(call, [&](const Lines& lines, int64_t channel, auto vectors, auto& part) {
+      const Block<vectors.value> middle(mean, channel, T(0));
+      each_pixel(call.plan, lines, [&](int64_t row) {
+        for (int j = 0; j < vectors.value; ++j) {
+          const Vector centred = S::load(call.x[0] + row * stride + channel + j * S::kWidth) - middle[j];
           part[0][j] += centred * centred;
         }
       });
-      for (int j = 0; j < kVectors; ++j)
-        for (int i = 0; i < S::kWidth; ++i) {
-          const int64_t c = channel + j * S::kWidth + i;
-          const T variance = square[0][j][i] / T(rows);
-          call.saved[c] = mean[0][j][i];
-          // Padding has no variance: without an eps, 1 / 0 would come back as NaN.
-          call.saved[stride + c] = c < channels ? T(1) / std::sqrt(variance + eps) : T(0);
-          call.saved[2 * stride + c] = variance;
+    });
+    for (int64_t c = 0; c < stride; ++c) {
+      variance[c] = square[c] / T(rows);
+      // Padding has no variance: without an eps, 1 / 0 would come back as NaN.
+      r[c] = c < channels ? T(1) / std::sqrt(variance[c] + T(call.plan.op.eps)) : T(0);
+    }
+  }
+
+  // Lines of y, of all images in order, that are worked on while they are in the first cache.
+  struct Lines {
+    int first, last;
+  };
+
+  // body(lines, first_channel, integral_constant<vectors>): memory is read in order, registers hold one block.
+  template <class Body>
+  static void each_part(const OpCall<T>& call, const Body& body) {
+    const OpPlan<T>& plan = call.plan;
+    const int lines = plan.images * plan.out.shape.height, at_once = std::max(1, 32 / plan.out.shape.width);
+    for (int first = 0; first < lines; first += at_once)
+      each_block<T>(plan.out.stride, [&](int64_t channel, auto vectors) {
+        body(Lines{first, std::min(lines, first + at_once)}, channel, vectors);
+      });
+  }
+
+  // Channel sums [kSums, stride] in the scratch; body(lines, first_channel, vectors, sums) adds to the vectors `sums`.
+  template <int kSums, class Body>
+  static const T* sum_parts(const OpCall<T>& call, const Body& body) {
+    const int64_t stride = call.plan.out.stride;
+    T* total = call.scratch;
+    std::fill(total, total + kSums * stride, T(0));
+    each_part(call, [&](const Lines& lines, int64_t channel, auto vectors) {
+      constexpr int kVectors = decltype(vectors)::value;
+      Vector part[kSums][kVectors] = {};
+      body(lines, channel, vectors, part);
+      for (int s = 0; s < kSums; ++s)
+        for (int j = 0; j < kVectors; ++j) {
+          T* target = total + s * stride + channel + j * S::kWidth;
+          S::store(target, S::load(target) + part[s][j]);
         }
     });
+    return total;
   }
 
   // body(row of y, rows of x in its window)
   template <class Body>
-  static void each_window(const OpPlan<T>& plan, const Body& body) {
-    for (int line = 0; line < lines(plan); ++line) each_window_of(plan, line, body);
+  static void each_window(const OpPlan<T>& plan, const Lines& lines, const Body& body) {
+    const Shape &in = plan.in[0].shape, &out = plan.out.shape;
+    for (int line = lines.first; line < lines.last; ++line) {
+      const int64_t to = int64_t{line} * out.width;
+      if constexpr (kWindow == 1) {
+        for (int x = 0; x < out.width; ++x) body(to + x, {to + x});
+      } else {
+        const int64_t first = row_of(plan, line);
+        for (int x = 0; x < out.width; ++x) {
+          const int64_t from = first + 2 * x;
+          body(to + x, {from, from + 1, from + in.width, from + in.width + 1});
+        }
+      }
+    }
   }
 
-  static int lines(const OpPlan<T>& plan) { return plan.images * plan.out.shape.height; }
-
+  // body(row of x): the pixels of the lines' windows, and of what lies outside beside and below them.
   template <class Body>
-  static void each_window_of(const OpPlan<T>& plan, int line, const Body& body) {
+  static void each_pixel(const OpPlan<T>& plan, const Lines& lines, const Body& body) {
     const Shape &in = plan.in[0].shape, &out = plan.out.shape;
-    const int64_t to = int64_t{line} * out.width;
-    if constexpr (kWindow == 1) {
-      for (int x = 0; x < out.width; ++x) body(to + x, {to + x});
-    } else {
-      const int64_t first = (int64_t{line / out.height} * in.height + line % out.height * 2) * in.width;
-      for (int x = 0; x < out.width; ++x) {
-        const int64_t from = first + 2 * x;
-        body(to + x, {from, from + 1, from + in.width, from + in.width + 1});
-      }
+    for (int line = lines.first; line < lines.last; ++line) {
+      const int64_t first = row_of(plan, line), last = line % out.height + 1 < out.height
+                                                           ? row_of(plan, line + 1)
+                                                           : (int64_t{line / out.height} + 1) * in.pixels();
+      for (int64_t row = first; row < last; ++row) body(row);
     }
   }
 
   // The last row and column of an odd picture are in no window.
   template <class Body>
-  static void each_pixel_outside(const OpPlan<T>& plan, const Body& body) {
-    const Shape& in = plan.in[0].shape;
+  static void each_pixel_outside(const OpPlan<T>& plan, const Lines& lines, const Body& body) {
+    const Shape &in = plan.in[0].shape, &out = plan.out.shape;
     if (kWindow == 1 || (in.height % 2 == 0 && in.width % 2 == 0)) return;
-    for (int n = 0; n < plan.images; ++n)
-      for (int y = 0; y < in.height; ++y) {
-        const int64_t first = (int64_t{n} * in.height + y) * in.width;
-        const bool whole = y == in.height - 1 && in.height % 2;
-        for (int x = whole ? 0 : in.width - in.width % 2; x < in.width; ++x) body(first + x);
-      }
+    for (int line = lines.first; line < lines.last; ++line) {
+      const int64_t first = row_of(plan, line);
+      for (int y = 0; in.width % 2 && y < 2; ++y) body(first + y * in.width + in.width - 1);
+      if (in.height % 2 && line % out.height + 1 == out.height)
+        for (int x = 0; x < in.width; ++x) body(first + 2 * in.width + x);
+    }
   }
 
-  // Like `sum_rows`, over windows: chunks are lines of y, a whole number of them.
-  template <int kSums, int kVectors, class Body>
-  static void sum_windows(const OpPlan<T>& plan, Sums<kSums, kVectors>& total, const Body& body) {
-    const int64_t lines_at_once = std::max(1, 128 / plan.out.shape.width);
-    sum_chunks<T>(lines(plan), lines_at_once, total, [&](int64_t line, auto& part) {
-      each_window_of(plan, int(line), [&](int64_t to, const int64_t (&from)[kWindow]) { body(to, from, part); });
-    });
+  // Where the windows of a line of y begin in x.
+  static int64_t row_of(const OpPlan<T>& plan, int line) {
+    const Shape &in = plan.in[0].shape, &out = plan.out.shape;
+    constexpr int kSide = kPool ? 2 : 1;
+    return (int64_t{line / out.height} * in.height + line % out.height * kSide) * in.width;
   }
 };
 

@@ -88,24 +88,16 @@ inline void each_block(int64_t stride, const Body& body) {
 
 // Sums kSums vectors over rows; body(row, sums) adds one row. In chunks, so that rounding does not grow with rows.
 template <class T, int kSums, int kVectors, class Body>
-inline void sum_chunks(int64_t rows, int64_t chunk, typename Simd<T>::Vector (&total)[kSums][kVectors],
-                       const Body& body) {
-  using Vector = typename Simd<T>::Vector;
+inline void sum_rows(int64_t rows, typename Simd<T>::Vector (&total)[kSums][kVectors], const Body& body) {
+  constexpr int64_t kChunk = 128;
   for (int s = 0; s < kSums; ++s)
-    for (int j = 0; j < kVectors; ++j) total[s][j] = Vector{};
-  for (int64_t first = 0; first < rows; first += chunk) {
-    Vector part[kSums][kVectors];
-    for (int s = 0; s < kSums; ++s)
-      for (int j = 0; j < kVectors; ++j) part[s][j] = Vector{};
-    for (int64_t row = first; row < std::min(rows, first + chunk); ++row) body(row, part);
+    for (int j = 0; j < kVectors; ++j) total[s][j] = typename Simd<T>::Vector{};
+  for (int64_t first = 0; first < rows; first += kChunk) {
+    typename Simd<T>::Vector part[kSums][kVectors] = {};
+    for (int64_t row = first; row < std::min(rows, first + kChunk); ++row) body(row, part);
     for (int s = 0; s < kSums; ++s)
       for (int j = 0; j < kVectors; ++j) total[s][j] += part[s][j];
   }
-}
-
-template <class T, int kSums, int kVectors, class Body>
-inline void sum_rows(int64_t rows, typename Simd<T>::Vector (&total)[kSums][kVectors], const Body& body) {
-  sum_chunks<T>(rows, 128, total, body);
 }
 
 // out[channel] += the sum of dy over rows: the adjoint of a bias.
