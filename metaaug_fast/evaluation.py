@@ -60,7 +60,7 @@ def evaluate(
     learner's modules are in evaluation mode meanwhile (no dropout).
 
     Args:
-        learner: MAML, Reptile or another with `adapt(support_x, support_y, steps=...)`.
+        learner: MAML, Reptile or another with `forward(tasks, steps=...)` to a `MetaOutput`.
         episodes: of unseen classes; their `tasks` is how many are adapted at once.
         count: how many episodes, at least 2; the field reports 600 or more.
         steps: inner steps, the learner's own by default.
@@ -91,8 +91,7 @@ def evaluate(
             for tasks in _first(episodes, count):
                 tasks = tasks.to(device)
                 for number in wanted:
-                    fast = learner.adapt(tasks.support_x, tasks.support_y, steps=number)
-                    out = fast.evaluate(tasks.query_x, tasks.query_y)
+                    out = learner(tasks, steps=number)
                     found[number].append(out.task_losses if out.accuracy is None else out.accuracy)
                 losses.append(out.task_losses)
     finally:

@@ -5,7 +5,7 @@
 //   v -= (H_k + lambda) u;  n = mu u
 //
 // One worker takes one task at a time and keeps all of it in its own arena. Tasks are summed in groups whose borders
-// do not depend on the number of workers, so the result does not either.
+// and order do not depend on the number of workers, so the result does not either.
 #pragma once
 
 #include <cmath>
@@ -19,6 +19,7 @@
 #include "fuse.h"
 #include "input.h"
 #include "passes.h"
+#include "turns.h"
 
 namespace metaaug::METAAUG_ISA {
 
@@ -41,20 +42,22 @@ class Executor final : public cpu::Engine<T> {
     const Plan plan = prepare(call, parallel.workers);
     const int64_t group_size =
         (call.grad_parameters || call.mean_displacement ? packing_.size() : 0) + (call.grad_rates ? rates_size_ : 0);
-    const int groups = group_count(call.tasks, group_size);
-    sums_.assign(groups * group_size, T(0));
+    const int groups = std::min(call.tasks, kGroups);
+    sums_.assign(group_size, T(0));
     failures_.assign(groups, NonFinite());
     if (int(arenas_.size()) < parallel.workers) arenas_.resize(parallel.workers);
+    Turns turns;
     parallel.run(groups, [&](int group, int worker) {
-      Worker w(*this, call, plan, arenas_[worker], sums_.data() + group * group_size, failures_[group]);
+      Turns::Turn turn(turns, group);
+      Worker w(*this, call, plan, arenas_[worker], group_size, failures_[group]);
       const int64_t first = int64_t{group} * call.tasks / groups, last = int64_t{group + 1} * call.tasks / groups;
       for (int64_t task = first; task < last && failures_[group].task < 0 && !parallel.stopped(); ++task)
         w.run(int(task));
+      turn.wait();
+      for (int64_t i = 0; i < group_size; ++i) sums_[i] += w.sums[i];
     });
     for (const NonFinite& failure : failures_)
       if (failure.task >= 0) return failure;
-    for (int group = 1; group < groups; ++group)
-      for (int64_t i = 0; i < group_size; ++i) sums_[i] += sums_[group * group_size + i];
     if (call.mean_displacement) {
       for (int64_t i = 0; i < packing_.size(); ++i) sums_[i] /= T(call.tasks);
       packing_.unpack_all(sums_.data(), call.mean_displacement);
@@ -66,13 +69,7 @@ class Executor final : public cpu::Engine<T> {
 
  private:
   static constexpr int kPlannedSizes = 32;
-
-  // As many as keep many cores busy, fewer where their sums would be large; never more or less for other workers.
-  static int group_count(int tasks, int64_t size) {
-    constexpr int64_t kFew = 8, kMany = 64, kBytes = 64 << 20;
-    const int64_t bytes = std::max<int64_t>(size * int64_t(sizeof(T)), 1);
-    return int(std::min<int64_t>(tasks, std::clamp(kBytes / bytes, kFew, kMany)));
-  }
+  static constexpr int kGroups = 64;  // enough to keep many cores busy
 
   // What a call needs, in sizes: networks for its batch sizes, and the arena of a worker.
   struct Plan {

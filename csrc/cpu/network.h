@@ -83,11 +83,12 @@ struct Wants {
   bool active = false, dx[2] = {false, false}, accumulate[2] = {false, false}, dp[2] = {false, false};
 };
 
-// Buffers of one pass. `forward` and `saved` hold a step's activations, `adjoint` their gradients; a Hessian-vector
-// product has the same three for tangents.
+// Buffers of one pass. `values` and `saved` hold a step's activations, `adjoints` their gradients; a Hessian-vector
+// product has the same three for tangents. Adjoints that nobody reads after the pass share memory: `passing`.
 template <class T>
 struct Frame {
   T *input = nullptr, *values = nullptr, *adjoints = nullptr, *saved = nullptr;
+  bool passing = false;
 };
 
 template <class T>
@@ -99,7 +100,8 @@ struct Network {
   std::vector<OpPlan<T>> ops;
   std::vector<OpFunctions<T>> functions;
   std::vector<int64_t> value_at, saved_at, saved_tangent_at;  // value 0's offset counts in the adjoints alone
-  int64_t values_size = 0, saved_size = 0, saved_tangent_size = 0, scratch_size = 0, input_size = 0;
+  std::vector<int64_t> passing_at;                            // of adjoints that share memory
+  int64_t values_size = 0, saved_size = 0, saved_tangent_size = 0, scratch_size = 0, input_size = 0, passing_size = 0;
   std::vector<char> adapted;        // parameters that move in the inner loop
   std::vector<char> moves;          // values that depend on one of them
   std::vector<Wants> inner, outer;  // towards adapted parameters; towards all wanted ones, and maybe the input
@@ -108,7 +110,6 @@ struct Network {
   Network(const Graph& g, int images, const std::vector<char>& adapted, const std::vector<char>& wanted,
           bool wants_input)
       : graph(&g), images(images), adapted(adapted), moves(g.values.size(), 0) {
-    lay_out(wants_input);
     std::vector<char> reaches(g.values.size(), 0);
     reaches[0] = wants_input;
     for (const Op& op : g.ops) {
@@ -117,15 +118,20 @@ struct Network {
         if (op.param[i] >= 0) moves[op.output] |= adapted[op.param[i]], reaches[op.output] |= wanted[op.param[i]];
       }
     }
+    lay_out(wants_input, reaches);
     inner = wants(moves, adapted);
     outer = wants(reaches, wanted);
+    lay_out_passing_adjoints();
     loss.images = images;
     loss.classes = values[g.output].shape.channels;
     loss.stride = values[g.output].stride;
   }
 
   T* value(const Frame<T>& frame, int v) const { return v == 0 ? frame.input : frame.values + value_at[v]; }
-  T* adjoint(const Frame<T>& frame, int v) const { return frame.adjoints + value_at[v]; }
+  T* adjoint(const Frame<T>& frame, int v) const {
+    return frame.adjoints + (frame.passing ? passing_at[v] : value_at[v]);
+  }
+  int64_t adjoints_size(bool passing) const { return passing ? passing_size : values_size; }
 
  private:
   // Relu over a value that nobody else reads takes its place.
@@ -159,7 +165,7 @@ struct Network {
     input = {{size, out.height, out.width}, size};
   }
 
-  void lay_out(bool wants_input) {
+  void lay_out(bool wants_input, const std::vector<char>& reaches) {
     const auto& ops_in = graph->ops;
     for (const Shape& shape : graph->values) values.push_back({shape, pad<T>(shape.channels)});
     lay_out_input(wants_input);
@@ -174,6 +180,7 @@ struct Network {
       for (int i = 0; i < 2; ++i)
         if (op.input[i] >= 0) plan.in[i] = values[op.input[i]];
       plan.out = values[op.output];
+      plan.wants_dx = moves[op.input[0]] || reaches[op.input[0]];
       if (op.kind == OpKind::kBatchNorm && op.buffer[0] < 0 && plan.in_rows() < 2)
         throw std::invalid_argument("batch norm needs at least 2 values a channel (got 1 sample of 1 pixel)");
       functions.push_back(METAAUG_ISA::functions<T>(*graph, op));
@@ -190,6 +197,38 @@ struct Network {
       saved_tangent_size += pad<T>(plan.saved_tangent);
       scratch_size = std::max(scratch_size, plan.scratch);
       ops.push_back(std::move(plan));
+    }
+  }
+
+  // An adjoint lives from the first reader of its value (backwards) to the op that made it.
+  void lay_out_passing_adjoints() {
+    struct Block {
+      int64_t at, size;
+    };
+    std::vector<Block> live;
+    passing_at.assign(values.size(), -1);
+    const auto size_of = [&](int v) { return v == 0 ? input_size : images * values[v].sample(); };
+    const auto allocate = [&](int v) {
+      int64_t at = 0;
+      size_t place = 0;
+      for (; place < live.size() && live[place].at < at + size_of(v); ++place) at = live[place].at + live[place].size;
+      live.insert(live.begin() + place, {at, size_of(v)});
+      passing_size = std::max(passing_size, at + size_of(v));
+      passing_at[v] = at;
+    };
+    allocate(graph->output);
+    for (size_t i = ops.size(); i-- > 0;) {
+      const Op& op = ops[i].op;
+      if (passing_at[op.output] < 0) continue;
+      const bool shared = op.input[0] != 0 && value_at[op.output] == value_at[op.input[0]];
+      if (shared) {
+        passing_at[op.input[0]] = passing_at[op.output];
+        continue;
+      }
+      for (int j = 0; j < 2; ++j)
+        if ((inner[i].dx[j] || outer[i].dx[j]) && passing_at[op.input[j]] < 0) allocate(op.input[j]);
+      const int64_t at = passing_at[op.output];
+      live.erase(std::find_if(live.begin(), live.end(), [&](const Block& block) { return block.at == at; }));
     }
   }
 

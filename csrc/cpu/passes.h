@@ -39,7 +39,7 @@ struct Passes {
       if (!wants[i].active) continue;
       OpCall<T> call = bind(i, frame, theta, pass);
       call.dy = net.adjoint(frame, call.plan.op.output);
-      bind_wants(call, wants[i], frame.adjoints, grad, pass, call.dx, call.dp);
+      bind_wants(call, wants[i], frame, grad, pass, call.dx, call.dp);
       net.functions[i].backward(call);
     }
   }
@@ -67,11 +67,11 @@ struct Passes {
       if (call.moves()) {
         call.dy = net.adjoint(frame, call.plan.op.output);
         call.dy_t = dy_t;
-        bind_wants(call, net.outer[i], tangents.adjoints, grad_t, pass, call.dx_t, call.dp_t);
+        bind_wants(call, net.outer[i], tangents, grad_t, pass, call.dx_t, call.dp_t);
         net.functions[i].tangent_backward(call);
       } else {  // nothing here moves, so the backward is linear in dy alone
         call.dy = dy_t;
-        bind_wants(call, net.outer[i], tangents.adjoints, grad_t, pass, call.dx, call.dp);
+        bind_wants(call, net.outer[i], tangents, grad_t, pass, call.dx, call.dp);
         net.functions[i].backward(call);
       }
     }
@@ -106,11 +106,11 @@ struct Passes {
     call.saved_tangent = tangents.saved + net.saved_tangent_at[i];
   }
 
-  void bind_wants(OpCall<T>& call, const Wants& wants, T* adjoints, T* grad, const Pass& pass, T* (&dx)[2],
+  void bind_wants(OpCall<T>& call, const Wants& wants, const Frame<T>& frame, T* grad, const Pass& pass, T* (&dx)[2],
                   T* (&dp)[2]) const {
     const Op& op = call.plan.op;
     for (int j = 0; j < 2; ++j) {
-      if (wants.dx[j]) dx[j] = adjoints + net.value_at[op.input[j]];
+      if (wants.dx[j]) dx[j] = net.adjoint(frame, op.input[j]);
       if (wants.dp[j] && grad) dp[j] = grad + parameter_at(op.param[j], pass);
       call.accumulate[j] = wants.accumulate[j];
     }

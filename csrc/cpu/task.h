@@ -19,26 +19,26 @@ struct Executor<T>::Worker {
   const int64_t size = packing.size();
   int task = 0;
 
-  // Sums over this group's tasks.
-  T *sum = nullptr, *rate_sum = nullptr;
+  // Sums over this group's tasks, of gradients or displacements and of rates' gradients.
+  T *sums, *sum = nullptr, *rate_sum = nullptr;
 
-  // Of size P: weights of every step, or one set that is overwritten; directions likewise.
-  T *path, *directions = nullptr, *gradient, *second = nullptr, *adjoint = nullptr, *tangent = nullptr,
-           *carry = nullptr;
+  // Of size P: a start of the task's own; weights after every step, or one set that is overwritten; directions
+  // likewise. A step's gradient and the tangent of its reverse are never alive together.
+  T *start = nullptr, *path = nullptr, *directions = nullptr, *gradient, *second = nullptr, *adjoint = nullptr,
+    *tangent = nullptr, *carry = nullptr;
   // Activations: a slot for each kept step; tangents and the query pass share theirs, being never alive together.
   std::vector<Frame<T>> slots;
   Frame<T> tangents, query;
   T* scratch;
 
-  Worker(const Executor& engine, const Call<T>& call, const Plan& plan, Arena<T>& arena, T* group, NonFinite& failure)
+  Worker(const Executor& engine, const Call<T>& call, const Plan& plan, Arena<T>& arena, int64_t sums_size,
+         NonFinite& failure)
       : engine(engine), call(call), plan(plan), failure(failure) {
-    if (call.grad_parameters || call.mean_displacement) {
-      sum = group;
-      group += size;
-    }
-    if (call.grad_rates) rate_sum = group;
-    lay_out(arena, true);  // the same walk twice: sizes, then addresses
-    lay_out(arena, false);
+    lay_out(arena, sums_size, true);  // the same walk twice: sizes, then addresses
+    lay_out(arena, sums_size, false);
+    std::fill(sums, sums + sums_size, T(0));
+    if (call.grad_parameters || call.mean_displacement) sum = sums;
+    if (call.grad_rates) rate_sum = sums + (sum ? size : 0);
   }
 
   void run(int index) {
@@ -66,50 +66,58 @@ struct Executor<T>::Worker {
   }
 
  private:
-  T* theta(int k) const { return plan.keep_path ? path + k * size : path; }
+  const T* theta(int k) const {
+    if (k > 0) return plan.keep_path ? path + (k - 1) * size : path;
+    return start ? start : engine.theta_.data();
+  }
   T* direction(int k) const { return plan.keep_directions ? directions + k * size : directions; }
   const Frame<T>& slot(int k) const { return slots[k % slots.size()]; }
   bool kept(int k) const { return k >= steps - int(slots.size()); }
   Pass pass(int index, int row) const { return {row, call.settings.seed, uint32_t(task), uint32_t(index)}; }
   Passes<T> passes(const Network<T>& net) const { return {net, packing, engine.constants_.data(), scratch}; }
 
-  void lay_out(Arena<T>& arena, bool measuring) {
+  void lay_out(Arena<T>& arena, int64_t sums_size, bool measuring) {
     int64_t total = 0;
     const auto take = [&](int64_t count) -> T* {
       total += Arena<T>::round(count);
       return measuring ? nullptr : arena.take(count);
     };
     const bool reverse = call.reverse(), momentum = call.settings.momentum != 0;
-    path = take((plan.keep_path ? steps + 1 : 1) * size);
+    sums = take(sums_size);
+    if (call.initial) start = take(size);
+    path = take((plan.keep_path ? steps : std::min(steps, 1)) * size);
     if (plan.remembers || call.settings.optimizer == OptimizerKind::kAdam)
       directions = take((plan.keep_directions ? steps : 1) * size);
     gradient = take(size);
     if (call.settings.optimizer == OptimizerKind::kAdam) second = take(size);
     if (reverse) adjoint = take(size);
-    if (reverse && steps > 0) tangent = take(size);
+    tangent = gradient;
     if (reverse && momentum) carry = take(size);
-    const auto frame = [&](const Network<T>& net, bool adjoints) {
+    const bool second_order = reverse && !call.settings.first_order;
+    const auto frame = [&](const Network<T>& net, bool adjoints, bool passing) {
       Frame<T> f;
+      f.passing = passing;
       f.input = take(net.input_size);
       f.values = take(net.values_size);
-      if (adjoints) f.adjoints = take(net.values_size);
+      if (adjoints) f.adjoints = take(net.adjoints_size(passing));
       f.saved = take(net.saved_size + saved_by_loss(net));
       return f;
     };
     slots.clear();
-    for (int i = 0; i < plan.slots; ++i) slots.push_back(frame(*plan.support, true));
+    for (int i = 0; i < plan.slots; ++i) slots.push_back(frame(*plan.support, true, !second_order));
     if (plan.support && plan.slots > 1 && !call.support.rows)
       for (auto& f : slots) f.input = slots[0].input;
     const int64_t shared = total, used = arena.used();
-    if (plan.support && plan.keep_path && !call.settings.first_order) {
+    if (plan.support && second_order) {
+      tangents.passing = true;
       tangents.values = take(plan.support->values_size);
-      tangents.adjoints = take(plan.support->values_size);
+      tangents.adjoints = take(plan.support->adjoints_size(true));
       tangents.saved = take(plan.support->saved_tangent_size);
     }
     const int64_t tangents_end = total;
     total = shared;
     if (!measuring) arena.rewind(used);
-    if (plan.query) query = frame(*plan.query, reverse);
+    if (plan.query) query = frame(*plan.query, reverse, true);
     total = std::max(total, tangents_end);
     if (!measuring) arena.rewind(used + total - shared);
     int64_t scratch_size = 0;
@@ -120,12 +128,9 @@ struct Executor<T>::Worker {
   }
 
   void load_start() {
-    T* start = theta(0);
-    if (call.initial) {
+    if (start) {
       std::fill(start, start + size, T(0));
       packing.pack_all(call.initial + task * packing.flat_size(), start);
-    } else {
-      std::copy(engine.theta_.begin(), engine.theta_.end(), start);
     }
     if (!plan.support) return;
     if (!call.support.rows) load_input(*plan.support, of_task(call.support, call.support.x), nullptr, slots[0].input);
@@ -201,7 +206,7 @@ struct Executor<T>::Worker {
     if (!finite(evaluate(k, gradient), k, false, "loss")) return;
     const Settings& s = call.settings;
     const T* from = theta(k);
-    T* to = theta(k + 1);
+    T* to = path + (plan.keep_path ? k * size : 0);
     const T momentum = k > 0 ? T(s.momentum) : T(0), decay = T(s.weight_decay);
     typename S::Bits poison{};
     for (int p = 0; p < packing.count(); ++p) {

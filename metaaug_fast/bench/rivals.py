@@ -81,7 +81,7 @@ def ours(workload: Workload, model: nn.Module, tasks: TaskBatch) -> Call:
 
 @torch.no_grad()
 def _judge(learner: MAML, tasks: TaskBatch) -> Tensor:
-    return learner.adapt(tasks.support_x, tasks.support_y).evaluate(tasks.query_x, tasks.query_y).task_losses
+    return learner(tasks).task_losses
 
 
 # --- plain torch ---------------------------------------------------------------------------------------------------

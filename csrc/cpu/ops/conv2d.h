@@ -71,7 +71,6 @@ void plan_winograd(OpPlan<T>& plan) {
   const int64_t tiles = std::max(plan.forward_tiles.tiles(), plan.input_gradient_tiles.tiles());
   plan.winograd = double(direct * plan.images) >= kWinogradGain * 16 * double(tiles) && tiles >= 16;
   if (!plan.winograd) return;
-  plan.scratch = 2 * plan.transposed.size();
   plan.scratch += 2 * std::max(plan.forward_tiles.weights(), plan.input_gradient_tiles.weights());
   plan.scratch += std::max(plan.forward_tiles.scratch(), plan.input_gradient_tiles.scratch());
 }
@@ -83,7 +82,7 @@ void plan(OpPlan<T>& plan) {
   const int inputs = in.shape.channels, outputs = out.shape.channels, taps = op.kernel.y * op.kernel.x;
   plan.matrix = {int64_t{taps} * inputs, pad<T>(outputs)};
   plan.transposed = {int64_t{taps} * outputs, pad<T>(inputs)};
-  plan.scratch = 2 * plan.transposed.size();
+  if (plan.wants_dx) plan.scratch = 2 * plan.transposed.size();
   const auto row = [&](int y, int ky) { return y * op.stride.y - op.padding.y + ky * op.dilation.y; };
   const auto column = [&](int x, int kx) { return x * op.stride.x - op.padding.x + kx * op.dilation.x; };
   const auto inside = [&](int y, int x) { return y >= 0 && y < in.shape.height && x >= 0 && x < in.shape.width; };

@@ -19,6 +19,7 @@ struct OpPlan {
   Op op;
   int images = 0;
   Layout in[2], out;
+  bool wants_dx = true;                               // whether any pass asks for an adjoint of the first input
   int64_t saved = 0, saved_tangent = 0, scratch = 0;  // elements, sized by the op's `plan`
 
   // conv2d only
