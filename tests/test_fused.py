@@ -484,6 +484,42 @@ def test_activations_kept_for_some_of_the_steps_or_computed_again(width, rows, m
         assert all(torch.equal(value, other[name]) for name, value in found[0].items())
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["batch", "frozen"])
+@pytest.mark.parametrize("form", ["plain", "rows", "input gradient", "dropout", "skip", "relu, pool", "start of each"])
+@pytest.mark.parametrize("adapt", [["8.*"], ["5.*", "8.*"], ["8.bias"], ["4.bias", "8.weight"]], ids=str)
+def test_what_lies_in_front_of_all_that_adapts(adapt, form, frozen):
+    """Layers that give the same at every step, learnt through all steps (ANIL), and those that only seem to."""
+    support, query = conv_sets(supports=6)
+    support.x.requires_grad_(form == "input gradient")
+    model = convolutional()
+    if form == "rows":
+        support = replace(support, rows=torch.randint(6, (3, 4, 5)))
+    if form == "dropout":
+        model[2] = nn.Sequential(nn.Tanh(), nn.Dropout(0.3))
+    if form == "skip":
+        model[2] = Skip()
+    if form == "relu, pool":
+        model[2], model[3] = nn.ReLU(), nn.MaxPool2d(2)
+    model = model.double().train()
+    nn.init.uniform_(model[1].running_var, 0.5, 2)
+    for value in (model[0].bias, model[4].weight):
+        value.requires_grad_(bool(torch.rand(()) < 0.7))
+    lr = (0.2 * rand(4)).requires_grad_()
+    statistics = "frozen" if frozen else "batch"
+    problem = inner_problem(model, lr, 4, adapt=adapt, momentum=0.4, weight_decay=0.1, batch_norm=statistics, seed=3)
+    if form == "start of each":
+        support = replace(support, initial=start_of_each(problem, 3))
+    assert_exact(problem, support, query)
+    assert_exact(problem, support, replace(query, step_weights=rand(4).requires_grad_()))
+    first_order = replace(problem, first_order=True)
+    assert_exact(first_order, support, query)
+
+
+class Skip(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.tanh() + x
+
+
 def test_tensors_that_are_not_contiguous():
     problem = inner_problem(convolutional(), 0.1, 3)
     problem.model[8].weight = nn.Parameter(randn(20, 3).t())

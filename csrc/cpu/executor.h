@@ -89,9 +89,9 @@ class Executor final : public cpu::Engine<T> {
   struct Worker;
 
   const Network<T>& network(int images, const std::vector<char>& adapted, const std::vector<char>& wanted,
-                            bool wants_input) {
-    auto& entry = networks_[std::make_tuple(images, adapted, wanted, wants_input)];
-    if (!entry) entry = std::make_unique<Network<T>>(graph_, images, adapted, wanted, wants_input);
+                            bool wants_input, bool repeats) {
+    auto& entry = networks_[std::make_tuple(images, adapted, wanted, wants_input, repeats)];
+    if (!entry) entry = std::make_unique<Network<T>>(graph_, images, adapted, wanted, wants_input, repeats);
     return *entry;
   }
 
@@ -106,9 +106,9 @@ class Executor final : public cpu::Engine<T> {
     Plan plan;
     if (steps > 0) {
       const int images = call.support.rows ? call.support.batch : call.support.count;
-      plan.support = &network(images, adapted, wanted, call.grad_support_x != nullptr);
+      plan.support = &network(images, adapted, wanted, call.grad_support_x != nullptr, !call.support.rows);
     }
-    if (call.query.x) plan.query = &network(call.query.count, adapted, wanted, call.grad_query_x != nullptr);
+    if (call.query.x) plan.query = &network(call.query.count, adapted, wanted, call.grad_query_x != nullptr, false);
     plan.keep_path = call.reverse() && steps > 0 && (!call.settings.first_order || call.step_weights);
     plan.keep_directions = call.grad_rates != nullptr;
     plan.remembers = plan.keep_directions || call.settings.momentum != 0;
@@ -186,7 +186,7 @@ class Executor final : public cpu::Engine<T> {
   Graph graph_;
   Packing<T> packing_;
   const int64_t kept_bytes_;
-  std::map<std::tuple<int, std::vector<char>, std::vector<char>, bool>, std::unique_ptr<Network<T>>> networks_;
+  std::map<std::tuple<int, std::vector<char>, std::vector<char>, bool, bool>, std::unique_ptr<Network<T>>> networks_;
   std::vector<T> theta_, rates_, constants_, sums_;
   std::vector<RateView> rate_views_;
   int64_t rates_size_ = 0;

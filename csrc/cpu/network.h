@@ -88,6 +88,7 @@ struct Wants {
 template <class T>
 struct Frame {
   T *input = nullptr, *values = nullptr, *adjoints = nullptr, *saved = nullptr;
+  T *still = nullptr, *carried = nullptr;  // see Network::still
   bool passing = false;
 };
 
@@ -102,13 +103,19 @@ struct Network {
   std::vector<int64_t> value_at, saved_at, saved_tangent_at;  // value 0's offset counts in the adjoints alone
   std::vector<int64_t> passing_at;                            // of adjoints that share memory
   int64_t values_size = 0, saved_size = 0, saved_tangent_size = 0, scratch_size = 0, input_size = 0, passing_size = 0;
-  std::vector<char> adapted;        // parameters that move in the inner loop
-  std::vector<char> moves;          // values that depend on one of them
+  std::vector<char> adapted;  // parameters that move in the inner loop
+  std::vector<char> moves;    // values that depend on one of them
+  // Ops in front of everything that adapts (ANIL's body), where all steps of a task see the same samples: their values
+  // and what they save are computed once, and adjoints that leave the others for them are summed over steps.
+  std::vector<char> still;
+  std::vector<char> still_value, border;  // written by a still op; and read by another
+  std::vector<int64_t> carried_at;        // of the border's adjoints
+  int64_t still_size = 0, carried_size = 0;
   std::vector<Wants> inner, outer;  // towards adapted parameters; towards all wanted ones, and maybe the input
   LossPlan<T> loss;
 
   Network(const Graph& g, int images, const std::vector<char>& adapted, const std::vector<char>& wanted,
-          bool wants_input)
+          bool wants_input, bool repeats)
       : graph(&g), images(images), adapted(adapted), moves(g.values.size(), 0) {
     std::vector<char> reaches(g.values.size(), 0);
     reaches[0] = wants_input;
@@ -118,6 +125,7 @@ struct Network {
         if (op.param[i] >= 0) moves[op.output] |= adapted[op.param[i]], reaches[op.output] |= wanted[op.param[i]];
       }
     }
+    find_still(repeats && !wants_input);
     lay_out(wants_input, reaches);
     inner = wants(moves, adapted);
     outer = wants(reaches, wanted);
@@ -127,8 +135,12 @@ struct Network {
     loss.stride = values[g.output].stride;
   }
 
-  T* value(const Frame<T>& frame, int v) const { return v == 0 ? frame.input : frame.values + value_at[v]; }
+  T* value(const Frame<T>& frame, int v) const {
+    return v == 0 ? frame.input : (still_value[v] ? frame.still : frame.values) + value_at[v];
+  }
+  T* saved(const Frame<T>& frame, size_t op) const { return (still[op] ? frame.still : frame.saved) + saved_at[op]; }
   T* adjoint(const Frame<T>& frame, int v) const {
+    if (border[v]) return frame.carried + carried_at[v];
     return frame.adjoints + (frame.passing ? passing_at[v] : value_at[v]);
   }
   int64_t adjoints_size(bool passing) const { return passing ? passing_size : values_size; }
@@ -141,6 +153,31 @@ struct Network {
     int readers = 0;
     for (const Op& other : graph->ops) readers += (other.input[0] == op.input[0]) + (other.input[1] == op.input[0]);
     return readers == 1;
+  }
+
+  void find_still(bool repeats) {
+    still.assign(graph->ops.size(), 0);
+    still_value.assign(graph->values.size(), 0);
+    border.assign(graph->values.size(), 0);
+    carried_at.assign(graph->values.size(), -1);
+    still_value[0] = repeats;
+    for (size_t i = 0; i < graph->ops.size(); ++i) {
+      const Op& op = graph->ops[i];
+      bool same = !moves[op.output] && op.kind != OpKind::kDropout && op.output != graph->output;
+      for (int j = 0; j < 2; ++j) {
+        if (op.input[j] >= 0) same &= still_value[op.input[j]];
+        if (op.param[j] >= 0) same &= graph->parameters[op.param[j]].rows == 1;
+      }
+      still[i] = still_value[op.output] = same;
+    }
+    for (size_t i = 0; i < graph->ops.size(); ++i)
+      for (int input : graph->ops[i].input)
+        if (input > 0 && !still[i]) border[input] = still_value[input];
+    for (size_t v = 1; v < border.size(); ++v)
+      if (border[v]) {
+        carried_at[v] = carried_size;
+        carried_size += images * graph->values[v].pixels() * pad<T>(graph->values[v].channels);
+      }
   }
 
   // Convolutions read an input without padding, and merge neighbouring pixels. A first one of few channels is made a
@@ -185,14 +222,17 @@ struct Network {
         throw std::invalid_argument("batch norm needs at least 2 values a channel (got 1 sample of 1 pixel)");
       functions.push_back(METAAUG_ISA::functions<T>(*graph, op));
       functions.back().plan(plan);
+      const bool is_still = still[ops.size()];
+      int64_t& size = is_still ? still_size : values_size;
       if (in_place(op)) {
         value_at[op.output] = value_at[op.input[0]];
       } else {
-        value_at[op.output] = values_size;
-        values_size += images * values[op.output].sample();
+        value_at[op.output] = size;
+        size += images * values[op.output].sample();
       }
-      saved_at.push_back(saved_size);
-      saved_size += pad<T>(plan.saved);
+      int64_t& saved = is_still ? still_size : saved_size;
+      saved_at.push_back(saved);
+      saved += pad<T>(plan.saved);
       saved_tangent_at.push_back(saved_tangent_size);
       saved_tangent_size += pad<T>(plan.saved_tangent);
       scratch_size = std::max(scratch_size, plan.scratch);
@@ -220,7 +260,7 @@ struct Network {
     for (size_t i = ops.size(); i-- > 0;) {
       const Op& op = ops[i].op;
       if (passing_at[op.output] < 0) continue;
-      const bool shared = op.input[0] != 0 && value_at[op.output] == value_at[op.input[0]];
+      const bool shared = in_place(op) && !border[op.output];
       if (shared) {
         passing_at[op.input[0]] = passing_at[op.output];
         continue;
@@ -234,7 +274,7 @@ struct Network {
 
   std::vector<Wants> wants(const std::vector<char>& values_wanted, const std::vector<char>& params_wanted) const {
     std::vector<Wants> result(ops.size());
-    std::vector<char> written(values.size(), 0);
+    std::vector<char> written = border;
     for (size_t i = ops.size(); i-- > 0;) {
       const Op& op = ops[i].op;
       Wants& w = result[i];

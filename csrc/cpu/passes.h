@@ -19,7 +19,8 @@ struct Passes {
     uint32_t seed = 0, task = 0, index = 0;
   };
 
-  void forward(const Frame<T>& frame, const T* theta, const Pass& pass) const {
+  // `again`: not for the first time on this task, so that still ops are done.
+  void forward(const Frame<T>& frame, const T* theta, const Pass& pass, bool again = false) const {
     const T* constant = constants;
     for (size_t i = 0; i < net.ops.size(); ++i) {
       OpCall<T> call = bind(i, frame, theta, pass);
@@ -28,7 +29,7 @@ struct Passes {
         std::copy(constant, constant + size, call.saved);
         constant += size;
       }
-      net.functions[i].forward(call);
+      if (!again || !net.still[i]) net.functions[i].forward(call);
     }
   }
 
@@ -56,11 +57,12 @@ struct Passes {
     }
   }
 
-  // The tangent of `backward` towards all wanted parameters, from the tangent of the output's adjoint.
+  // The tangent of `backward` towards all wanted parameters, from the tangent of the output's adjoint. At still ops it
+  // stops.
   void tangent_backward(const Frame<T>& frame, const Frame<T>& tangents, const T* theta, const T* theta_t,
                         const Pass& pass, T* grad_t) const {
     for (size_t i = net.ops.size(); i-- > 0;) {
-      if (!net.outer[i].active) continue;
+      if (!net.outer[i].active || net.still[i]) continue;
       OpCall<T> call = bind(i, frame, theta, pass);
       bind_tangents(call, i, tangents, theta_t, pass);
       const T* dy_t = net.adjoint(tangents, call.plan.op.output);
@@ -74,6 +76,17 @@ struct Passes {
         bind_wants(call, net.outer[i], tangents, grad_t, pass, call.dx, call.dp);
         net.functions[i].backward(call);
       }
+    }
+  }
+
+  // Goes on from there, once for all steps: nothing moves, so this is linear in the carried adjoints.
+  void still_backward(const Frame<T>& frame, const Frame<T>& tangents, const T* theta, T* grad) const {
+    for (size_t i = net.ops.size(); i-- > 0;) {
+      if (!net.outer[i].active || !net.still[i]) continue;
+      OpCall<T> call = bind(i, frame, theta, {});
+      call.dy = net.adjoint(tangents, call.plan.op.output);
+      bind_wants(call, net.outer[i], tangents, grad, {}, call.dx, call.dp);
+      net.functions[i].backward(call);
     }
   }
 
@@ -91,7 +104,7 @@ struct Passes {
       if (plan.op.param[j] >= 0) call.p[j] = theta + parameter_at(plan.op.param[j], pass);
     }
     call.y = net.value(frame, plan.op.output);
-    call.saved = frame.saved + net.saved_at[i];
+    call.saved = net.saved(frame, i);
     call.scratch = scratch;
     if (plan.op.kind == OpKind::kDropout) call.key = dropout_key(pass.seed, pass.task, pass.index, plan.op.site);
     return call;

@@ -58,10 +58,12 @@ struct Executor<T>::Worker {
     if (!call.reverse() || failure.task >= 0) return;
     if (call.flat_adjoint) packing.pack_all(call.flat_adjoint + task * packing.flat_size(), adjoint);
     if (carry) std::fill(carry, carry + size, T(0));
+    if (tangents.carried) std::fill(tangents.carried, tangents.carried + plan.support->carried_size, T(0));
     for (int k = steps - 1; k >= 0; --k) {
       step_back(k);
       if (call.step_weights && k > 0) judge(k, adjoint);
     }
+    if (tangents.carried) passes(*plan.support).still_backward(slot(0), tangents, theta(0), adjoint);
     finish();
   }
 
@@ -97,27 +99,38 @@ struct Executor<T>::Worker {
     const auto frame = [&](const Network<T>& net, bool adjoints, bool passing) {
       Frame<T> f;
       f.passing = passing;
-      f.input = take(net.input_size);
       f.values = take(net.values_size);
       if (adjoints) f.adjoints = take(net.adjoints_size(passing));
       f.saved = take(net.saved_size + saved_by_loss(net));
       return f;
     };
     slots.clear();
-    for (int i = 0; i < plan.slots; ++i) slots.push_back(frame(*plan.support, true, !second_order));
-    if (plan.support && plan.slots > 1 && !call.support.rows)
-      for (auto& f : slots) f.input = slots[0].input;
+    T *input = nullptr, *still = nullptr, *carried = nullptr;
+    if (plan.support) {
+      input = take(plan.support->input_size);
+      still = take(plan.support->still_size);
+      if (second_order) carried = take(plan.support->carried_size);
+    }
+    for (int i = 0; i < plan.slots && plan.support; ++i) {
+      slots.push_back(frame(*plan.support, true, !second_order));
+      slots[i].input = call.support.rows && i > 0 ? take(plan.support->input_size) : input;
+      slots[i].still = still;
+    }
     const int64_t shared = total, used = arena.used();
     if (plan.support && second_order) {
       tangents.passing = true;
       tangents.values = take(plan.support->values_size);
       tangents.adjoints = take(plan.support->adjoints_size(true));
       tangents.saved = take(plan.support->saved_tangent_size);
+      tangents.carried = carried;
     }
     const int64_t tangents_end = total;
     total = shared;
     if (!measuring) arena.rewind(used);
-    if (plan.query) query = frame(*plan.query, reverse, true);
+    if (plan.query) {
+      query = frame(*plan.query, reverse, true);
+      query.input = take(plan.query->input_size);
+    }
     total = std::max(total, tangents_end);
     if (!measuring) arena.rewind(used + total - shared);
     int64_t scratch_size = 0;
@@ -186,14 +199,14 @@ struct Executor<T>::Worker {
     return finite(*bad, step, false, what);
   }
 
-  // Activations and adjoints of step k at theta_k; `grad` may be null.
+  // Activations and adjoints of step k at theta_k; without `grad`, once more.
   T evaluate(int k, T* grad) {
     const Network<T>& net = *plan.support;
     const Frame<T>& frame = slot(k);
     const Passes<T> run = passes(net);
     const int64_t* rows = support_rows(k);
     if (rows) load_input(net, of_task(call.support, call.support.x), rows, frame.input);
-    run.forward(frame, theta(k), pass(2 * k, k));
+    run.forward(frame, theta(k), pass(2 * k, k), k > 0 || !grad);
     const int out = graph().output;
     const T value = loss_forward(loss(net), targets(call.support, rows), net.value(frame, out), T(1),
                                  probabilities(net, frame), net.adjoint(frame, out), static_cast<T*>(nullptr));
@@ -316,7 +329,7 @@ struct Executor<T>::Worker {
     for (size_t i = 0; i < net.ops.size(); ++i) {
       const OpPlan<T>& op = net.ops[i];
       if (op.op.kind != OpKind::kBatchNorm) continue;
-      const T* saved = query.saved + net.saved_at[i];
+      const T* saved = net.saved(query, i);
       const T unbiased = T(op.in_rows()) / T(std::max<int64_t>(op.in_rows() - 1, 1));
       for (int c = 0; c < op.out.shape.channels; ++c) *to++ = saved[c];
       for (int c = 0; c < op.out.shape.channels; ++c) *to++ = saved[2 * op.out.stride + c] * unbiased;
