@@ -35,7 +35,7 @@ struct BatchNorm {
       const Normal<kVectors> normal(call, channel);
       each_window(call.plan, lines, [&](int64_t to, const int64_t (&from)[kWindow]) {
         for (int j = 0; j < kVectors; ++j) {
-          const Choice best = normal.choose(from, j);
+          const Choice best = normal.template choose<true>(from, j);
           const Vector y = !kRelu ? best.z : best.z < Vector{} ? Vector{} : best.z;
           S::store(call.y + to * normal.stride + channel + j * S::kWidth, y);
         }
@@ -66,14 +66,13 @@ struct BatchNorm {
       constexpr int kVectors = decltype(vectors)::value;
       const Normal<kVectors> normal(call, channel);
       const Block<kVectors> dz_sum(sums, channel, T(0)), dz_xh_sum(sums + stride, channel, T(0));
-      Vector scale[kVectors], mean_dz[kVectors], mean_dz_xh[kVectors];
+      Vector mean_dz[kVectors], mean_dz_xh[kVectors];
       for (int j = 0; j < kVectors; ++j) {
-        scale[j] = normal.gamma[j] * normal.r[j];
         mean_dz[j] = share * dz_sum[j];
         mean_dz_xh[j] = share * dz_xh_sum[j];
       }
       const auto dx_at = [&](int64_t row, int j, Vector dz) {
-        const Vector dx = scale[j] * (dz - mean_dz[j] - normal.xh(row, j) * mean_dz_xh[j]);
+        const Vector dx = normal.scale[j] * (dz - mean_dz[j] - normal.xh(row, j) * mean_dz_xh[j]);
         put_vector(call.dx[0] + row * stride + channel + j * S::kWidth, dx, call.accumulate[0]);
       };
       each_window(call.plan, lines, [&](int64_t to, const int64_t (&from)[kWindow]) {
@@ -120,7 +119,7 @@ struct BatchNorm {
           Vector z_t = gamma_t[j] * best.xh + beta_t[j];
           if (call.x_t[0]) {
             const Vector x_t = best.load(call.x_t[0] + channel + j * S::kWidth, from, stride);
-            z_t += normal.gamma[j] * normal.r[j] * (x_t - mean_t[j] - best.xh * q[j]);
+            z_t += normal.scale[j] * (x_t - mean_t[j] - best.xh * q[j]);
           }
           S::store(call.y_t + to * stride + channel + j * S::kWidth, best.through(z_t));
         }
@@ -231,29 +230,39 @@ struct BatchNorm {
   struct Normal {
     const int64_t stride;
     const T* x;
-    const Block<kVectors> mean, r, gamma, beta;
+    const Block<kVectors> mean, r, gamma;
+    Vector scale[kVectors], shift[kVectors];  // z = scale x + shift
 
     Normal(const OpCall<T>& call, int64_t channel)
         : stride(call.plan.out.stride),
           x(call.x[0] + channel),
           mean(call.saved, channel, T(0)),
           r(call.saved + stride, channel, T(0)),
-          gamma(call.p[0], channel, T(1)),
-          beta(call.p[1], channel, T(0)) {}
+          gamma(call.p[0], channel, T(1)) {
+      const Block<kVectors> beta(call.p[1], channel, T(0));
+      for (int j = 0; j < kVectors; ++j) {
+        scale[j] = gamma[j] * r[j];
+        shift[j] = beta[j] - scale[j] * mean[j];
+      }
+    }
 
     Vector xh(int64_t row, int j) const { return (S::load(x + row * stride + j * S::kWidth) - mean[j]) * r[j]; }
 
+    // NaN is taken for the largest, once: a loss that is not finite has no backward pass.
+    template <bool kFirst = false>
     Choice choose(const int64_t (&from)[kWindow], int j) const {
-      Choice best{{}, xh(from[0], j), {}};
-      best.z = gamma[j] * best.xh + beta[j];
+      Vector best = S::load(x + from[0] * stride + j * S::kWidth);
+      Choice choice{scale[j] * best + shift[j], {}, {}};
       for (int i = 1; i < kWindow; ++i) {
-        const Vector other = xh(from[i], j), z = gamma[j] * other + beta[j];
-        const auto better = (z > best.z) | (z != z);
-        best.z = better ? z : best.z;
-        best.xh = better ? other : best.xh;
-        best.tap = better ? S::fill(T(i)) : best.tap;
+        const Vector other = S::load(x + from[i] * stride + j * S::kWidth), z = scale[j] * other + shift[j];
+        auto better = z > choice.z;
+        if (kFirst) better |= z != z;
+        choice.z = better ? z : choice.z;
+        best = better ? other : best;
+        choice.tap = better ? S::fill(T(i)) : choice.tap;
       }
-      return best;
+      choice.xh = (best - mean[j]) * r[j];
+      return choice;
     }
   };
 
