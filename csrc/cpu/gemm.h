@@ -204,21 +204,37 @@ void gather(const GatherPlan& plan, const Panels<T>& matrix, const Product<T>* p
   }
 }
 
-// C += sum of A^T B over the plan's pixels; `matrix` is C's shape, [taps * inputs, outputs].
 template <class T>
-void outer(const OuterPlan& plan, const Panels<T>& matrix, const Product<T>* products, int terms, T* c) {
+void outer_images(const OuterPlan& plan, int images, const Panels<T>& matrix, const Product<T>* products, int terms,
+                  T* c) {
   const int inputs = int(matrix.rows / int64_t(plan.taps.size()));
   for (int p = 0; p < matrix.count(); ++p) {
     const int width = matrix.width(p), vectors = width / Simd<T>::kWidth;
     const auto& kernels = Tiles<T>::table().outer[vectors - 1];
     for (size_t tap = 0; tap < plan.taps.size(); ++tap) {
       if (plan.taps[tap].empty()) continue;
-      const Pixels pixels{plan.taps[tap].data(), int(plan.taps[tap].size()), plan.images, plan.a_image, plan.b_image};
+      const Pixels pixels{plan.taps[tap].data(), int(plan.taps[tap].size()), images, plan.a_image, plan.b_image};
       each_tile(inputs, tile_rows(vectors), [&](int first, int rows) {
         T* out = c + matrix.start(p) + (int64_t(tap) * inputs + first) * width;
         kernels[rows - 1](pixels, products, terms, first, int64_t{p} * Panels<T>::kColumns, out);
       });
     }
+  }
+}
+
+// C += sum of A^T B over the plan's pixels; `matrix` is C's shape, [taps * inputs, outputs]. As many images at a time
+// as stay in the second cache.
+template <class T>
+void outer(const OuterPlan& plan, const Panels<T>& matrix, const Product<T>* products, int terms, T* c) {
+  constexpr int64_t kBytes = 256 * 1024;
+  const int64_t bytes = terms * (plan.a_image + plan.b_image) * int64_t(sizeof(T));
+  const int at_once = bytes == 0 ? plan.images : int(std::clamp<int64_t>(kBytes / bytes, 1, plan.images));
+  for (int image = 0; image < plan.images; image += at_once) {
+    const int images = std::min(at_once, plan.images - image);
+    Product<T> part[2];
+    for (int term = 0; term < terms; ++term)
+      part[term] = {products[term].a + image * plan.a_image, products[term].b + image * plan.b_image};
+    outer_images(plan, images, matrix, part, terms, c);
   }
 }
 
