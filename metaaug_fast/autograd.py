@@ -24,10 +24,10 @@ def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *adjoints: Any) -> tuple[Any, ...]:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *adjoints)
         with torch.no_grad():
             gradients = backward(ctx, *adjoints)
-        if not torch.is_grad_enabled():
-            return gradients
         values = [value.detach().requires_grad_() for value in gradients if isinstance(value, Tensor)]
         guarded = iter(torch._C._functions.DelayedError(_MESSAGE, len(values))(*values) if values else ())
         return tuple(next(guarded) if isinstance(value, Tensor) else value for value in gradients)

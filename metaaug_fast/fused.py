@@ -238,12 +238,13 @@ class _MetaLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, loss: Tensor | None, task_losses: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        call, tensors, needs = ctx.call, ctx.saved_tensors, ctx.needs_input_grad[2:]
+        call, needs = ctx.call, ctx.needs_input_grad[2:]
         if loss is None and task_losses is None:
             return (None,) * (2 + len(needs))
         if task_losses is None:
             gradients = {name: value * loss for name, value in ctx.gradients.items()}
         else:
+            tensors = ctx.saved_tensors
             weights = task_losses if loss is None else task_losses + loss / ctx.tasks
             gradients = call.run(tensors, call.gradients(tensors, needs), needs, task_weights=weights)
         if ctx.step_losses is not None:
