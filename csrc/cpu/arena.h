@@ -16,10 +16,10 @@ class Arena {
   void reserve(int64_t size) {
     if (size > size_) {
       memory_.reset();  // before the new block is there: nothing in the old one is needed
-      const size_t page = size * int64_t(sizeof(T)) >= 4 * kLargePage ? kLargePage : kLine;
-      const size_t bytes = (size * sizeof(T) + page - 1) / page * page;
-      memory_.reset(static_cast<T*>(std::aligned_alloc(page, bytes)));
-      if (!memory_) throw std::bad_alloc();
+      const size_t bytes = size * sizeof(T), page = bytes >= 4 * kLargePage ? kLargePage : kLine;
+      void* memory = nullptr;
+      if (posix_memalign(&memory, page, bytes)) throw std::bad_alloc();
+      memory_.reset(static_cast<T*>(memory));
 #ifdef MADV_HUGEPAGE
       if (page == kLargePage) madvise(memory_.get(), bytes, MADV_HUGEPAGE);
 #endif

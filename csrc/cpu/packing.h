@@ -17,31 +17,15 @@ class Packing {
  public:
   explicit Packing(const std::vector<Parameter>& parameters) {
     for (const Parameter& p : parameters) {
-      Entry entry{size_, flat_size_, 0, 0, p.size(), {}};
-      const int taps = p.kernel.y * p.kernel.x;
-      const Panels<T> panels{int64_t{taps} * p.inputs, pad<T>(p.outputs)};
-      const int64_t padded = pad<T>(p.outputs);
-      entry.position.reserve(p.size());
-      for (int64_t i = 0; i < p.size(); ++i) {
-        if (narrow_matrix<T>(p)) {
-          entry.position.push_back(int32_t(i / p.inputs * pad<T>(p.inputs) + i % p.inputs));
-        } else if (p.layout == LayoutKind::kMatrix) {
-          const int64_t tap = i % taps, input = i / taps % p.inputs, output = i / (int64_t{taps} * p.inputs);
-          entry.position.push_back(int32_t(panels.at(tap * p.inputs + input, output)));
-        } else if (p.layout == LayoutKind::kPicture) {
-          entry.position.push_back(int32_t(i % taps * padded + i / taps));
-        } else {
-          entry.position.push_back(int32_t(i / p.outputs * padded + i % p.outputs));
-        }
-      }
-      entry.row = padded;
+      Entry entry{p, size_, flat_size_, 0, pad<T>(p.outputs)};
+      const int64_t taps = int64_t{p.kernel.y} * p.kernel.x;
       entry.size = narrow_matrix<T>(p)                ? p.outputs * pad<T>(p.inputs)
-                   : p.layout == LayoutKind::kMatrix  ? panels.size()
-                   : p.layout == LayoutKind::kPicture ? taps * padded
-                                                      : p.rows * padded;
+                   : p.layout == LayoutKind::kMatrix  ? taps * p.inputs * entry.row
+                   : p.layout == LayoutKind::kPicture ? taps * entry.row
+                                                      : p.rows * entry.row;
       size_ += entry.size;
-      flat_size_ += entry.flat_size;
-      entries_.push_back(std::move(entry));
+      flat_size_ += p.size();
+      entries_.push_back(entry);
     }
   }
 
@@ -52,16 +36,14 @@ class Packing {
   int64_t size(int p) const { return entries_[p].size; }
   int64_t row(int p) const { return entries_[p].row; }
   int64_t flat_offset(int p) const { return entries_[p].flat_offset; }
-  int64_t flat_size(int p) const { return entries_[p].flat_size; }
+  int64_t flat_size(int p) const { return entries_[p].parameter.size(); }
 
   // One parameter, or one tensor of its shape; target's padding must be zero already.
   void pack(int p, const T* flat, T* target) const {
-    const auto& position = entries_[p].position;
-    for (size_t i = 0; i < position.size(); ++i) target[position[i]] = flat[i];
+    each_position(p, [&](int64_t i, int64_t position) { target[position] = flat[i]; });
   }
   void unpack(int p, const T* packed, T* flat) const {
-    const auto& position = entries_[p].position;
-    for (size_t i = 0; i < position.size(); ++i) flat[i] = packed[position[i]];
+    each_position(p, [&](int64_t i, int64_t position) { flat[i] = packed[position]; });
   }
   void pack_all(const T* flat, T* target) const {
     for (int p = 0; p < count(); ++p) pack(p, flat + flat_offset(p), target + offset(p));
@@ -72,9 +54,35 @@ class Packing {
 
  private:
   struct Entry {
-    int64_t offset, flat_offset, size, row, flat_size;
-    std::vector<int32_t> position;
+    Parameter parameter;
+    int64_t offset, flat_offset, size, row;
   };
+
+  // body(index in the user's layout, place in the engine's)
+  template <class Body>
+  void each_position(int p, const Body& body) const {
+    const Parameter& q = entries_[p].parameter;
+    const int64_t taps = int64_t{q.kernel.y} * q.kernel.x, row = entries_[p].row;
+    int64_t i = 0;
+    if (narrow_matrix<T>(q)) {
+      for (int64_t output = 0; output < q.outputs; ++output)
+        for (int64_t input = 0; input < q.inputs; ++input) body(i++, output * pad<T>(q.inputs) + input);
+    } else if (q.layout == LayoutKind::kMatrix) {
+      const Panels<T> panels{taps * q.inputs, row};
+      for (int64_t output = 0; output < q.outputs; ++output) {
+        const int64_t first = panels.at(0, output), apart = panels.width(int(output / Panels<T>::kColumns));
+        for (int64_t input = 0; input < q.inputs; ++input)
+          for (int64_t tap = 0; tap < taps; ++tap) body(i++, first + (tap * q.inputs + input) * apart);
+      }
+    } else if (q.layout == LayoutKind::kPicture) {
+      for (int64_t output = 0; output < q.outputs; ++output)
+        for (int64_t tap = 0; tap < taps; ++tap) body(i++, tap * row + output);
+    } else {
+      for (int64_t step = 0; step < q.rows; ++step)
+        for (int64_t output = 0; output < q.outputs; ++output) body(i++, step * row + output);
+    }
+  }
+
   std::vector<Entry> entries_;
   int64_t size_ = 0, flat_size_ = 0;
 };

@@ -68,6 +68,10 @@ struct Executor<T>::Worker {
   }
 
  private:
+  // A group of one task whose gradient is the sum itself.
+  bool alone() const {
+    return call.tasks <= kGroups && call.grad_parameters && !call.grad_rates && !call.mean_displacement;
+  }
   const T* theta(int k) const {
     if (k > 0) return plan.keep_path ? path + (k - 1) * size : path;
     return start ? start : engine.theta_.data();
@@ -85,14 +89,14 @@ struct Executor<T>::Worker {
       return measuring ? nullptr : arena.take(count);
     };
     const bool reverse = call.reverse(), momentum = call.settings.momentum != 0;
-    sums = take(sums_size);
+    if (reverse) adjoint = take(size);
+    sums = alone() ? adjoint : take(sums_size);
     if (call.initial) start = take(size);
     path = take((plan.keep_path ? steps : std::min(steps, 1)) * size);
     if (plan.remembers || call.settings.optimizer == OptimizerKind::kAdam)
       directions = take((plan.keep_directions ? steps : 1) * size);
     gradient = take(size);
     if (call.settings.optimizer == OptimizerKind::kAdam) second = take(size);
-    if (reverse) adjoint = take(size);
     tangent = gradient;
     if (reverse && momentum) carry = take(size);
     const bool second_order = reverse && !call.settings.first_order;
@@ -404,7 +408,7 @@ struct Executor<T>::Worker {
     typename S::Bits poison{};
     for (int64_t i = 0; i < size; i += S::kWidth) poison |= S::poison(S::load(adjoint + i));
     if (!finite(poison, adjoint, 0, "the meta-gradient")) return;
-    if (call.grad_parameters)
+    if (call.grad_parameters && !alone())
       for (int64_t i = 0; i < size; ++i) sum[i] += adjoint[i];
     if (call.grad_initial) packing.unpack_all(adjoint, call.grad_initial + task * packing.flat_size());
   }
