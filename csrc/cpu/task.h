@@ -23,7 +23,7 @@ struct Executor<T>::Worker {
   T *sums, *sum = nullptr, *rate_sum = nullptr;
 
   // Of size P: a start of the task's own; weights after every step, or one set that is overwritten; directions
-  // likewise. A step's gradient and the tangent of its reverse are never alive together.
+  // likewise. The adjoint takes the gradient's place after the last step, the tangent that of theta_K after the query.
   T *start = nullptr, *path = nullptr, *directions = nullptr, *gradient, *second = nullptr, *adjoint = nullptr,
     *tangent = nullptr, *carry = nullptr;
   // Activations: a slot for each kept step; tangents and the query pass share theirs, being never alive together.
@@ -89,15 +89,15 @@ struct Executor<T>::Worker {
       return measuring ? nullptr : arena.take(count);
     };
     const bool reverse = call.reverse(), momentum = call.settings.momentum != 0;
-    if (reverse) adjoint = take(size);
+    gradient = take(size);
+    if (reverse) adjoint = gradient;
     sums = alone() ? adjoint : take(sums_size);
     if (call.initial) start = take(size);
     path = take((plan.keep_path ? steps : std::min(steps, 1)) * size);
     if (plan.remembers || call.settings.optimizer == OptimizerKind::kAdam)
       directions = take((plan.keep_directions ? steps : 1) * size);
-    gradient = take(size);
     if (call.settings.optimizer == OptimizerKind::kAdam) second = take(size);
-    tangent = gradient;
+    if (steps > 0) tangent = path + (plan.keep_path ? steps - 1 : 0) * size;
     if (reverse && momentum) carry = take(size);
     const bool second_order = reverse && !call.settings.first_order;
     const auto frame = [&](const Network<T>& net, bool adjoints, bool passing) {
