@@ -23,7 +23,8 @@ class FusedExecutor:
     """Runs a lowered graph in the engine; `inner_loop.Executor` says what its methods promise.
 
     Tasks are spread over `torch.get_num_threads()` cores; results do not depend on how many. A core holds theta_0 ..
-    theta_K and one step's activations of one task, so `InnerProblem.task_chunk` has nothing to bound here.
+    theta_K and activations of one task, up to a budget (`METAAUG_KEEP_MIB`), so `InnerProblem.task_chunk` has nothing
+    to bound here.
 
     Args:
         graph: what `lowering.lower` made of the model.
