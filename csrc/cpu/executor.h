@@ -114,7 +114,7 @@ class Executor final : public cpu::Engine<T> {
     plan.remembers = plan.keep_directions || call.settings.momentum != 0;
     if (plan.support) {
       const Network<T>& net = *plan.support;
-      const int64_t bytes = (2 * net.values_size + net.saved_size) * int64_t(sizeof(T));
+      const int64_t bytes = (net.values_size + net.adjoints_size + net.saved_size) * int64_t(sizeof(T));
       const bool second_order = call.reverse() && !call.settings.first_order;
       plan.slots =
           second_order ? int(std::clamp<int64_t>(kept_bytes_ / workers / std::max<int64_t>(bytes, 1), 1, steps)) : 1;

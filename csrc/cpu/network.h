@@ -84,10 +84,11 @@ struct Wants {
 };
 
 // Buffers of one pass. `values` and `saved` hold a step's activations, `adjoints` their gradients; a Hessian-vector
-// product has the same three for tangents. Adjoints that nobody reads after the pass share memory: `passing`.
+// product has the same three for tangents. Adjoints that nobody reads after the pass share memory: `passing`, or those
+// alone that no such product reads, `unread`.
 template <class T>
 struct Frame {
-  T *input = nullptr, *values = nullptr, *adjoints = nullptr, *saved = nullptr;
+  T *input = nullptr, *values = nullptr, *adjoints = nullptr, *saved = nullptr, *unread = nullptr;
   T *still = nullptr, *carried = nullptr;  // see Network::still
   bool passing = false;
 };
@@ -100,9 +101,10 @@ struct Network {
   std::vector<Layout> values;
   std::vector<OpPlan<T>> ops;
   std::vector<OpFunctions<T>> functions;
-  std::vector<int64_t> value_at, saved_at, saved_tangent_at;  // value 0's offset counts in the adjoints alone
-  std::vector<int64_t> passing_at;                            // of adjoints that share memory
-  int64_t values_size = 0, saved_size = 0, saved_tangent_size = 0, scratch_size = 0, input_size = 0, passing_size = 0;
+  std::vector<int64_t> value_at, saved_at, saved_tangent_at;
+  std::vector<int64_t> adjoint_at, unread_at, passing_at;  // of adjoints: kept, or -1 and unread; where all pass
+  int64_t values_size = 0, saved_size = 0, saved_tangent_size = 0, scratch_size = 0, input_size = 0;
+  int64_t adjoints_size = 0, unread_size = 0, passing_size = 0;
   std::vector<char> adapted;  // parameters that move in the inner loop
   std::vector<char> moves;    // values that depend on one of them
   // Ops in front of everything that adapts (ANIL's body), where all steps of a task see the same samples: their values
@@ -129,6 +131,7 @@ struct Network {
     lay_out(wants_input, reaches);
     inner = wants(moves, adapted);
     outer = wants(reaches, wanted);
+    lay_out_adjoints();
     lay_out_passing_adjoints();
     loss.images = images;
     loss.classes = values[g.output].shape.channels;
@@ -141,9 +144,9 @@ struct Network {
   T* saved(const Frame<T>& frame, size_t op) const { return (still[op] ? frame.still : frame.saved) + saved_at[op]; }
   T* adjoint(const Frame<T>& frame, int v) const {
     if (border[v]) return frame.carried + carried_at[v];
-    return frame.adjoints + (frame.passing ? passing_at[v] : value_at[v]);
+    if (frame.passing) return frame.adjoints + passing_at[v];
+    return unread_at[v] < 0 ? frame.adjoints + adjoint_at[v] : frame.unread + unread_at[v];
   }
-  int64_t adjoints_size(bool passing) const { return passing ? passing_size : values_size; }
 
  private:
   // Relu over a value that nobody else reads takes its place.
@@ -208,7 +211,6 @@ struct Network {
     lay_out_input(wants_input);
     input_size = pad<T>(images * values[0].sample());
     value_at.assign(values.size(), 0);
-    values_size = wants_input ? input_size : 0;
     for (const Op& op : ops_in) {
       OpPlan<T> plan;
       plan.op = op;
@@ -237,6 +239,28 @@ struct Network {
       saved_tangent_size += pad<T>(plan.saved_tangent);
       scratch_size = std::max(scratch_size, plan.scratch);
       ops.push_back(std::move(plan));
+    }
+  }
+
+  // The adjoint behind a convolution whose input stays and wants none has done its part in the weight gradient: the
+  // Hessian-vector product has the tangent of it alone.
+  void lay_out_adjoints() {
+    adjoint_at.assign(values.size(), 0);
+    unread_at.assign(values.size(), -1);
+    for (size_t i = 0; i < ops.size(); ++i) {
+      const Op& op = ops[i].op;
+      bool unread = op.kind == OpKind::kConv2d && !moves[op.input[0]] && !outer[i].dx[0] && op.output != graph->output;
+      for (const Op& reader : graph->ops) unread &= reader.input[0] != op.output || !in_place(reader);
+      const int64_t size = images * values[op.output].sample();
+      if (in_place(op)) {
+        adjoint_at[op.output] = adjoint_at[op.input[0]];
+      } else if (unread) {
+        unread_at[op.output] = unread_size;
+        unread_size += size;
+      } else {
+        adjoint_at[op.output] = adjoints_size;
+        adjoints_size += size;
+      }
     }
   }
 

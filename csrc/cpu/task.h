@@ -104,27 +104,29 @@ struct Executor<T>::Worker {
       Frame<T> f;
       f.passing = passing;
       f.values = take(net.values_size);
-      if (adjoints) f.adjoints = take(net.adjoints_size(passing));
+      if (adjoints) f.adjoints = take(passing ? net.passing_size : net.adjoints_size);
       f.saved = take(net.saved_size + saved_by_loss(net));
       return f;
     };
     slots.clear();
-    T *input = nullptr, *still = nullptr, *carried = nullptr;
+    T *input = nullptr, *still = nullptr, *carried = nullptr, *unread = nullptr;
     if (plan.support) {
       input = take(plan.support->input_size);
       still = take(plan.support->still_size);
       if (second_order) carried = take(plan.support->carried_size);
+      if (second_order) unread = take(plan.support->unread_size);
     }
     for (int i = 0; i < plan.slots && plan.support; ++i) {
       slots.push_back(frame(*plan.support, true, !second_order));
       slots[i].input = call.support.rows && i > 0 ? take(plan.support->input_size) : input;
       slots[i].still = still;
+      slots[i].unread = unread;
     }
     const int64_t shared = total, used = arena.used();
     if (plan.support && second_order) {
       tangents.passing = true;
       tangents.values = take(plan.support->values_size);
-      tangents.adjoints = take(plan.support->adjoints_size(true));
+      tangents.adjoints = take(plan.support->passing_size);
       tangents.saved = take(plan.support->saved_tangent_size);
       tangents.carried = carried;
     }

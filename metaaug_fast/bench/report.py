@@ -99,6 +99,7 @@ class Report:
             machine_line(self.machine),
             f"Ceilings: 3x3 convolution {self.ceilings.convolution:.0f} GFLOP/s, sgemm {self.ceilings.gemm:.0f} "
             f"GFLOP/s, copy {self.ceilings.copy:.1f} GB/s.",
+            "Operations are those of the algorithm as it is defined: who needs fewer may be above a ceiling.",
             "",
         ]
         for result in self.results:
