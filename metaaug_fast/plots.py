@@ -106,7 +106,7 @@ def plot_learning_curve(history: History, path: str | Path, title: str = "") -> 
         at, mean, interval = np.array([(point.step, point.mean, point.interval) for point in history.validation]).T
         axes.fill_between(at, scale * (mean - interval), scale * (mean + interval), color=SECOND, alpha=0.25, lw=0)
         axes.plot(at, scale * mean, color=SECOND, lw=1.8, marker="o", ms=3.5, label="new classes, 95 % interval")
-    _style(axes, "meta-steps", "accuracy, %" if classes else "loss")
+    style(axes, "meta-steps", "accuracy, %" if classes else "loss")
     if classes:
         axes.set_ylim(top=101)
     else:
@@ -149,7 +149,7 @@ def plot_sinusoid(tasks: TaskBatch, curves: Mapping[int, Tensor], path: str | Pa
         axes.plot(
             tasks.support_x[task].flatten(), tasks.support_y[task].flatten(), "o", color=INK, ms=4.5, label="support"
         )
-        _style(axes, "x", "y" if task == 0 else "")
+        style(axes, "x", "y" if task == 0 else "")
     figure.legend(
         *axes.get_legend_handles_labels(),
         loc="outside upper center",
@@ -176,12 +176,13 @@ def _image_axes(figure: Figure, cell: SubplotSpec, image: Tensor, color: str, wi
     return axes
 
 
-def _style(axes: Axes, x: str, y: str) -> None:
-    axes.set_xlabel(x, color=INK, fontsize=10)
-    axes.set_ylabel(y, color=INK, fontsize=10)
+def style(axes: Axes, x: str, y: str, size: float = 10) -> None:
+    """Labels in points, a quiet grid, no frame above and to the right."""
+    axes.set_xlabel(x, color=INK, fontsize=size)
+    axes.set_ylabel(y, color=INK, fontsize=size)
     axes.grid(color=GRID, lw=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=MUTED, labelsize=9)
+    axes.tick_params(colors=MUTED, labelsize=size - 1)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GRID)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..plots import ACCENT, GRID, INK, MUTED, RIGHT, SECOND, WRONG
+from ..plots import ACCENT, INK, MUTED, RIGHT, SECOND, WRONG, style
 from .ceilings import Ceilings
 from .operations import Count
 from .report import Report, Result, milliseconds
@@ -24,6 +24,7 @@ _ABSENT = {"missing": "not installed"}
 
 
 ROOFLINE_INCHES = 5.0
+SMALL = 9  # points
 
 
 def draw(report: Report, path: str | Path) -> None:
@@ -60,7 +61,7 @@ def draw_scaling(growths: Sequence[Growth], path: str | Path) -> None:
         axes.set_xticks(growth.xs, [str(x) for x in growth.xs])
         axes.minorticks_off()
         axes.set_title(growth.title, loc="left", fontsize=11, color=INK)
-        _style(axes, growth.title.split()[0], "ms a meta-gradient")
+        style(axes, growth.title.split()[0], "ms a meta-gradient", size=SMALL)
         axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     figure.savefig(path)
 
@@ -117,7 +118,7 @@ def _draw_bars(axes: Axes, results: Sequence[Result]) -> None:
     axes.axvline(1, color=ACCENT, lw=0.8, zorder=0)
     axes.set_yticks(ticks, labels)
     axes.set_ylim(at - 0.8, -1.2)
-    _style(axes, "time relative to metaaug_fast (shorter is faster)", "")
+    style(axes, "time relative to metaaug_fast (shorter is faster)", "", size=SMALL)
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0, labelsize=7.5)
 
@@ -147,7 +148,7 @@ def _draw_roofline(axes: Axes, ceilings: Ceilings, results: Sequence[Result]) ->
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlim(low, high)
-    _style(axes, "FLOP per byte, every product's operands read and written once", "GFLOP/s")
+    style(axes, "FLOP per byte, every product's operands read and written once", "GFLOP/s", size=SMALL)
 
 
 def _draw_keys(axes: Axes, results: Sequence[Result]) -> None:
@@ -164,13 +165,3 @@ def _draw_keys(axes: Axes, results: Sequence[Result]) -> None:
 
 def _counted(results: Sequence[Result]) -> list[tuple[Result, Count]]:
     return [(result, result.count) for result in results if result.count]
-
-
-def _style(axes: Axes, x: str, y: str) -> None:
-    axes.set_xlabel(x, color=INK, fontsize=9)
-    axes.set_ylabel(y, color=INK, fontsize=9)
-    axes.grid(color=GRID, lw=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=MUTED, labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GRID)
