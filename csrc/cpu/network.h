@@ -6,8 +6,8 @@
 #include "loss.h"
 #include "ops/activation.h"
 #include "ops/batch_norm.h"
+#include "ops/conv2d.h"
 #include "ops/group_norm.h"
-#include "ops/narrow.h"
 #include "ops/pool.h"
 #include "packing.h"
 
@@ -33,12 +33,9 @@ constexpr OpFunctions<T> batch_norm_functions() {
 
 // The op table.
 template <class T>
-OpFunctions<T> functions(const Graph& graph, const Op& op) {
+OpFunctions<T> functions(const Op& op) {
   switch (op.kind) {
     case OpKind::kConv2d:
-      if (narrow_matrix<T>(graph.parameters[op.param[0]]))
-        return {conv2d::plan<T>, narrow::forward<T>, narrow::backward<T>, narrow::tangent<T>,
-                narrow::tangent_backward<T>};
       return {conv2d::plan<T>, conv2d::forward<T>, conv2d::backward<T>, conv2d::tangent<T>,
               conv2d::tangent_backward<T>};
     case OpKind::kBatchNorm:
@@ -219,10 +216,11 @@ struct Network {
       for (int i = 0; i < 2; ++i)
         if (op.input[i] >= 0) plan.in[i] = values[op.input[i]];
       plan.out = values[op.output];
+      plan.narrow = op.kind == OpKind::kConv2d && narrow_matrix<T>(graph->parameters[op.param[0]]);
       plan.wants_dx = moves[op.input[0]] || reaches[op.input[0]];
       if (op.kind == OpKind::kBatchNorm && op.buffer[0] < 0 && plan.in_rows() < 2)
         throw std::invalid_argument("batch norm needs at least 2 values a channel (got 1 sample of 1 pixel)");
-      functions.push_back(METAAUG_ISA::functions<T>(*graph, op));
+      functions.push_back(METAAUG_ISA::functions<T>(op));
       functions.back().plan(plan);
       const bool is_still = still[ops.size()];
       int64_t& size = is_still ? still_size : values_size;
@@ -249,6 +247,7 @@ struct Network {
     unread_at.assign(values.size(), -1);
     for (size_t i = 0; i < ops.size(); ++i) {
       const Op& op = ops[i].op;
+      if (!moves[op.output] && op.output != graph->output) continue;  // a step asks for no adjoint of it
       bool unread = op.kind == OpKind::kConv2d && !moves[op.input[0]] && !outer[i].dx[0] && op.output != graph->output;
       for (const Op& reader : graph->ops) unread &= reader.input[0] != op.output || !in_place(reader);
       const int64_t size = images * values[op.output].sample();

@@ -1,7 +1,7 @@
 // conv2d, and linear as its 1x1 case on a 1x1 picture.
 #pragma once
 
-#include "op.h"
+#include "narrow.h"
 
 namespace metaaug::METAAUG_ISA {
 namespace conv2d {
@@ -153,6 +153,7 @@ const T* transposed(const OpCall<T>& call, const T* source, int half) {
 template <class T>
 void convolve(const OpCall<T>& call, Product<T>* products, int terms, const T* bias, T* c) {
   const OpPlan<T>& plan = call.plan;
+  if (plan.narrow) return narrow::products(plan, products, terms, bias, c);
   // Without a product, the bias alone is left, which the direct way spreads.
   if (!plan.winograd || terms == 0) return gather<T>(plan.forward, plan.matrix, products, terms, bias, c, false);
   T* scratch = call.scratch;
@@ -167,6 +168,7 @@ void convolve(const OpCall<T>& call, Product<T>* products, int terms, const T* b
 template <class T>
 void convolve_back(const OpCall<T>& call, Product<T>* products, int terms, T* dx) {
   const OpPlan<T>& plan = call.plan;
+  if (plan.narrow) return narrow::products_back(call, products, terms, dx);
   for (int term = 0; term < terms; ++term) products[term].b = transposed(call, products[term].b, term);
   if (!plan.winograd)
     return gather<T>(plan.input_gradient, plan.transposed, products, terms, nullptr, dx, call.accumulate[0]);
@@ -182,6 +184,7 @@ void convolve_back(const OpCall<T>& call, Product<T>* products, int terms, T* dx
 template <class T>
 void weight_gradient(const OpCall<T>& call, const Product<T>* products, int terms, T* dw) {
   const OpPlan<T>& plan = call.plan;
+  if (plan.narrow) return narrow::weight_gradient(plan, products, terms, dw);
   if (!plan.winograd) return outer<T>(plan.weight_gradient, plan.matrix, products, terms, dw);
   T* scratch = call.scratch + plan.forward_tiles.weights();
   plan.forward_tiles.weight_gradient(products, terms, plan.matrix, dw, call.scratch, scratch);

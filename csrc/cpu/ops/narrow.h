@@ -1,8 +1,8 @@
-// A linear layer or 1x1 convolution of so few outputs that a vector of them would be mostly padding: the weights lie
-// as [outputs, inputs], and vectors run along the inputs.
+// The products of a linear layer or 1x1 convolution of so few outputs that a vector of them would be mostly padding:
+// the weights lie as [outputs, inputs], and vectors run along the inputs.
 #pragma once
 
-#include "conv2d.h"
+#include "op.h"
 
 namespace metaaug::METAAUG_ISA {
 namespace narrow {
@@ -107,38 +107,6 @@ void weight_gradient(const OpPlan<T>& plan, const Product<T>* products, int term
       if constexpr (vectors.value == 0) *to += single;
       for (int j = 0; j < vectors.value; ++j, to += S::kWidth) S::store(to, S::load(to) + sum[j]);
     });
-}
-
-template <class T>
-void forward(const OpCall<T>& call) {
-  const Product<T> product{call.x[0], call.p[0]};
-  products(call.plan, &product, 1, call.p[1], call.y);
-}
-
-template <class T>
-void backward(const OpCall<T>& call) {
-  const Product<T> back{call.dy, call.p[0]}, weights{call.x[0], call.dy};
-  if (call.dx[0]) products_back(call, &back, 1, call.dx[0]);
-  if (call.dp[0]) weight_gradient(call.plan, &weights, 1, call.dp[0]);
-  if (call.dp[1]) add_column_sums(call.dy, call.plan.rows(), call.plan.out.stride, call.dp[1]);
-}
-
-template <class T>
-void tangent(const OpCall<T>& call) {
-  Product<T> terms[2];
-  int count = 0;
-  if (call.x_t[0]) terms[count++] = {call.x_t[0], call.p[0]};
-  if (call.p_t[0]) terms[count++] = {call.x[0], call.p_t[0]};
-  products(call.plan, terms, count, call.p_t[1], call.y_t);
-}
-
-template <class T>
-void tangent_backward(const OpCall<T>& call) {
-  const Product<T> back[2] = {{call.dy_t, call.p[0]}, {call.dy, call.p_t[0]}};
-  const Product<T> weights[2] = {{call.x[0], call.dy_t}, {call.x_t[0], call.dy}};
-  if (call.dx_t[0]) products_back(call, back, call.p_t[0] ? 2 : 1, call.dx_t[0]);
-  if (call.dp_t[0]) weight_gradient(call.plan, weights, call.x_t[0] ? 2 : 1, call.dp_t[0]);
-  if (call.dp_t[1]) add_column_sums(call.dy_t, call.plan.rows(), call.plan.out.stride, call.dp_t[1]);
 }
 
 }  // namespace narrow

@@ -26,6 +26,7 @@ struct OpPlan {
   Panels<T> matrix, transposed;
   GatherPlan forward, input_gradient;
   OuterPlan weight_gradient;
+  bool narrow = false;    // the weights lie as narrow.h says
   bool winograd = false;  // instead of the plans above
   Winograd<T> forward_tiles, input_gradient_tiles;
 
