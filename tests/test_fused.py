@@ -245,7 +245,9 @@ def assert_exact(problem: InnerProblem, support: Support, query: Query) -> None:
     torch.testing.assert_close(got.task_losses, expected.task_losses, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(got.loss, got.task_losses.mean())
     assert (got.accuracy is None) == (expected.accuracy is None)
-    assert got.accuracy is None or torch.equal(got.accuracy, expected.accuracy)
+    if got.accuracy is not None:
+        differing = (got.accuracy - expected.accuracy).abs()
+        assert not differing.any() or (differing <= share_of_ties(problem, support, query)).all()
     inputs, share = leaves(problem, support, query), randn(len(support.x))
     if not inputs:
         assert not got.loss.requires_grad
@@ -254,6 +256,16 @@ def assert_exact(problem: InnerProblem, support: Support, query: Query) -> None:
         assert_close(*(gradients(value(out), inputs, retain_graph=True) for out in (got, expected)))
     for (name, value), moved in zip(state.state_dict().items(), problem.model.state_dict().values(), strict=True):
         torch.testing.assert_close(moved, value, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def share_of_ties(problem: InnerProblem, support: Support, query: Query) -> Tensor:
+    """Of each task's queries, those whose two best outputs differ by rounding alone."""
+    shares = []
+    for task, (flat, x) in enumerate(zip(reference.adapt(problem, support), query.x, strict=True)):
+        output = forward(problem, reference.unpack(problem, flat), x, task=task, step=problem.steps, query=True)
+        best, second = output.detach().topk(2, dim=1).values.unbind(1)
+        shares.append((best - second < 1e-10).double().mean() + 1e-12)
+    return torch.stack(shares)
 
 
 @pytest.mark.parametrize("case", range(48))

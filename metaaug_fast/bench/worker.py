@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -47,7 +48,7 @@ class Worker:
         self._process = context.Process(target=_serve, args=(theirs, threads), daemon=True)
         self.alive = True
         try:
-            with _surroundings(threads):
+            with _held(signal.SIGINT, signal.SIGTERM), _surroundings(threads):
                 self._process.start()
         except BaseException:
             if self._process.pid is not None:
@@ -91,6 +92,23 @@ class Worker:
 def cores() -> int:
     """How many this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def _held(*numbers: signal.Signals) -> Iterator[None]:
+    """Let signals that come meanwhile take effect at the end: a mask does not, for other threads may take them."""
+    if threading.current_thread() is not threading.main_thread():  # which no handler interrupts
+        yield
+        return
+    came: list[int] = []
+    handlers = {number: signal.signal(number, lambda taken, frame: came.append(taken)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for taken in came:
+            signal.raise_signal(taken)
 
 
 @contextlib.contextmanager
