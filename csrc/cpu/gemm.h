@@ -178,6 +178,10 @@ struct Tiles {
 template <class Body>
 inline void each_tile(int count, int most, const Body& body) {
   if (count <= most) return body(0, count);
+  if (count <= 2 * most) {  // without a division, which in small nets costs as much as ten products
+    body(0, (count + 1) / 2);
+    return body((count + 1) / 2, count / 2);
+  }
   const int tiles = (count + most - 1) / most, least = count / tiles, larger = count % tiles;
   for (int i = 0, first = 0; i < tiles; ++i) {
     const int rows = least + (i < larger);
@@ -238,32 +242,43 @@ void outer(const OuterPlan& plan, const Panels<T>& matrix, const Product<T>* pro
   }
 }
 
+// Of a square of vectors, `rows` by `columns` of which there are: rows `in_row` apart to columns `out_row` apart.
+template <class T>
+inline void transpose_square(const T* in, int64_t in_row, T* out, int64_t out_row, int rows, int columns) {
+  using S = Simd<T>;
+  constexpr int kWidth = S::kWidth;
+  typename S::Vector square[kWidth];
+  if (rows >= kWidth && columns >= kWidth) {
+#pragma GCC unroll 16
+    for (int k = 0; k < kWidth; ++k) square[k] = S::load(in + k * in_row);
+    transpose_block<T>(square);
+#pragma GCC unroll 16
+    for (int k = 0; k < kWidth; ++k) S::store(out + k * out_row, square[k]);
+  } else {
+    for (int k = 0; k < kWidth; ++k) square[k] = k < rows ? S::load(in + k * in_row) : S::fill(0);
+    transpose_block<T>(square);
+    for (int k = 0; k < std::min(kWidth, columns); ++k) S::store(out + k * out_row, square[k]);
+  }
+}
+
 // Per tap, the transpose of [inputs, outputs]: B of the input gradient, [taps * outputs, inputs].
 template <class T>
 void transpose(const Panels<T>& from, const T* source, const Panels<T>& to, T* target, int taps, int inputs,
                int outputs) {
-  using S = Simd<T>;
-  constexpr int kWidth = S::kWidth;
+  constexpr int kWidth = Simd<T>::kWidth, kColumns = Panels<T>::kColumns;
   for (int tap = 0; tap < taps; ++tap)
-    for (int i = 0; i < inputs; i += kWidth)
-      for (int o = 0; o < outputs; o += kWidth) {
-        const int from_width = from.width(o / Panels<T>::kColumns), to_width = to.width(i / Panels<T>::kColumns);
-        const T* in = source + from.at(int64_t{tap} * inputs + i, o);
-        T* out = target + to.at(int64_t{tap} * outputs + o, i);
-        const int rows = std::min(kWidth, inputs - i), columns = std::min(kWidth, outputs - o);
-        typename S::Vector block[kWidth];
-        if (rows == kWidth && columns == kWidth) {
-#pragma GCC unroll 16
-          for (int k = 0; k < kWidth; ++k) block[k] = S::load(in + k * from_width);
-          transpose_block<T>(block);
-#pragma GCC unroll 16
-          for (int k = 0; k < kWidth; ++k) S::store(out + k * to_width, block[k]);
-        } else {
-          for (int k = 0; k < kWidth; ++k) block[k] = k < rows ? S::load(in + k * from_width) : S::fill(0);
-          transpose_block<T>(block);
-          for (int k = 0; k < columns; ++k) S::store(out + k * to_width, block[k]);
-        }
+    for (int p = 0; p < from.count(); ++p) {
+      const int64_t in_row = from.width(p), first_row = int64_t{tap} * outputs + p * kColumns;
+      const T* in = source + from.start(p) + int64_t{tap} * inputs * in_row;
+      for (int q = 0; q < to.count(); ++q, in += kColumns * in_row) {
+        const int64_t out_row = to.width(q);
+        T* out = target + to.start(q) + first_row * out_row;
+        for (int o = 0; o < in_row; o += kWidth)
+          for (int i = 0; i < out_row; i += kWidth)
+            transpose_square<T>(in + i * in_row + o, in_row, out + o * out_row + i, out_row, inputs - q * kColumns - i,
+                                outputs - p * kColumns - o);
       }
+    }
 }
 
 }  // namespace metaaug::METAAUG_ISA

@@ -102,6 +102,9 @@ struct Network {
   std::vector<int64_t> adjoint_at, unread_at, passing_at;  // of adjoints: kept, or -1 and unread; where all pass
   int64_t values_size = 0, saved_size = 0, saved_tangent_size = 0, scratch_size = 0, input_size = 0;
   int64_t adjoints_size = 0, unread_size = 0, passing_size = 0;
+  // Values between a convolution whose input wants no adjoint and its batch norm: their adjoint is handed over picture
+  // by picture, and there is room for one.
+  std::vector<char> streamed;
   std::vector<char> adapted;  // parameters that move in the inner loop
   std::vector<char> moves;    // values that depend on one of them
   // Ops in front of everything that adapts (ANIL's body), where all steps of a task see the same samples: their values
@@ -128,6 +131,7 @@ struct Network {
     lay_out(wants_input, reaches);
     inner = wants(moves, adapted);
     outer = wants(reaches, wanted);
+    find_streamed();
     lay_out_adjoints();
     lay_out_passing_adjoints();
     loss.images = images;
@@ -240,6 +244,23 @@ struct Network {
     }
   }
 
+  void find_streamed() {
+    streamed.assign(values.size(), 0);
+    for (size_t i = 0; i + 1 < ops.size(); ++i) {
+      const Op &conv = ops[i].op, &norm = ops[i + 1].op;
+      const int v = conv.output;
+      int readers = 0;
+      for (const Op& op : graph->ops) readers += (op.input[0] == v) + (op.input[1] == v);
+      streamed[v] = conv.kind == OpKind::kConv2d && norm.kind == OpKind::kBatchNorm && norm.input[0] == v &&
+                    readers == 1 && v != graph->output && !border[v] && !moves[conv.input[0]] && !outer[i].dx[0] &&
+                    conv2d::takes_pictures(ops[i]);
+    }
+  }
+
+  int64_t adjoint_size(int v) const {
+    return v == 0 ? input_size : (streamed[v] ? 1 : images) * values[v].sample();
+  }
+
   // The adjoint behind a convolution whose input stays and wants none has done its part in the weight gradient: the
   // Hessian-vector product has the tangent of it alone.
   void lay_out_adjoints() {
@@ -250,7 +271,7 @@ struct Network {
       if (!moves[op.output] && op.output != graph->output) continue;  // a step asks for no adjoint of it
       bool unread = op.kind == OpKind::kConv2d && !moves[op.input[0]] && !outer[i].dx[0] && op.output != graph->output;
       for (const Op& reader : graph->ops) unread &= reader.input[0] != op.output || !in_place(reader);
-      const int64_t size = images * values[op.output].sample();
+      const int64_t size = adjoint_size(op.output);
       if (in_place(op)) {
         adjoint_at[op.output] = adjoint_at[op.input[0]];
       } else if (unread) {
@@ -270,13 +291,12 @@ struct Network {
     };
     std::vector<Block> live;
     passing_at.assign(values.size(), -1);
-    const auto size_of = [&](int v) { return v == 0 ? input_size : images * values[v].sample(); };
     const auto allocate = [&](int v) {
       int64_t at = 0;
       size_t place = 0;
-      for (; place < live.size() && live[place].at < at + size_of(v); ++place) at = live[place].at + live[place].size;
-      live.insert(live.begin() + place, {at, size_of(v)});
-      passing_size = std::max(passing_size, at + size_of(v));
+      for (; place < live.size() && live[place].at < at + adjoint_size(v); ++place) at = live[place].at + live[place].size;
+      live.insert(live.begin() + place, {at, adjoint_size(v)});
+      passing_size = std::max(passing_size, at + adjoint_size(v));
       passing_at[v] = at;
     };
     allocate(graph->output);

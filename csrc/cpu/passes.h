@@ -37,11 +37,7 @@ struct Passes {
   void backward(const Frame<T>& frame, const T* theta, const Pass& pass, const std::vector<Wants>& wants,
                 T* grad) const {
     for (size_t i = net.ops.size(); i-- > 0;) {
-      if (!wants[i].active) continue;
-      OpCall<T> call = bind(i, frame, theta, pass);
-      call.dy = net.adjoint(frame, call.plan.op.output);
-      bind_wants(call, wants[i], frame, grad, pass, call.dx, call.dp);
-      net.functions[i].backward(call);
+      if (wants[i].active && !net.streamed[net.ops[i].op.output]) adjoint(i, frame, frame, theta, pass, wants, grad);
     }
   }
 
@@ -62,35 +58,49 @@ struct Passes {
   void tangent_backward(const Frame<T>& frame, const Frame<T>& tangents, const T* theta, const T* theta_t,
                         const Pass& pass, T* grad_t) const {
     for (size_t i = net.ops.size(); i-- > 0;) {
-      if (!net.outer[i].active || net.still[i]) continue;
+      if (!net.outer[i].active || net.still[i] || net.streamed[net.ops[i].op.output]) continue;
       OpCall<T> call = bind(i, frame, theta, pass);
       bind_tangents(call, i, tangents, theta_t, pass);
-      const T* dy_t = net.adjoint(tangents, call.plan.op.output);
-      if (call.moves()) {
-        call.dy = net.adjoint(frame, call.plan.op.output);
-        call.dy_t = dy_t;
-        bind_wants(call, net.outer[i], tangents, grad_t, pass, call.dx_t, call.dp_t);
-        net.functions[i].tangent_backward(call);
-      } else {  // nothing here moves, so the backward is linear in dy alone
-        call.dy = dy_t;
-        bind_wants(call, net.outer[i], tangents, grad_t, pass, call.dx, call.dp);
-        net.functions[i].backward(call);
+      if (!call.moves()) {
+        adjoint(i, frame, tangents, theta, pass, net.outer, grad_t);
+        continue;
       }
+      call.dy = net.adjoint(frame, call.plan.op.output);
+      call.dy_t = net.adjoint(tangents, call.plan.op.output);
+      bind_wants(call, net.outer[i], tangents, grad_t, pass, call.dx_t, call.dp_t);
+      with_reader(call, i, frame, tangents, theta, pass, net.outer, grad_t, net.functions[i].tangent_backward);
     }
   }
 
   // Goes on from there, once for all steps: nothing moves, so this is linear in the carried adjoints.
   void still_backward(const Frame<T>& frame, const Frame<T>& tangents, const T* theta, T* grad) const {
     for (size_t i = net.ops.size(); i-- > 0;) {
-      if (!net.outer[i].active || !net.still[i]) continue;
-      OpCall<T> call = bind(i, frame, theta, {});
-      call.dy = net.adjoint(tangents, call.plan.op.output);
-      bind_wants(call, net.outer[i], tangents, grad, {}, call.dx, call.dp);
-      net.functions[i].backward(call);
+      if (net.outer[i].active && net.still[i] && !net.streamed[net.ops[i].op.output])
+        adjoint(i, frame, tangents, theta, {}, net.outer, grad);
     }
   }
 
  private:
+  // One op's backward, linear in the adjoints that `adjoints` holds; values come from `frame`.
+  void adjoint(size_t i, const Frame<T>& frame, const Frame<T>& adjoints, const T* theta, const Pass& pass,
+               const std::vector<Wants>& wants, T* grad) const {
+    OpCall<T> call = bind(i, frame, theta, pass);
+    call.dy = net.adjoint(adjoints, call.plan.op.output);
+    bind_wants(call, wants[i], adjoints, grad, pass, call.dx, call.dp);
+    with_reader(call, i, frame, adjoints, theta, pass, wants, grad, net.functions[i].backward);
+  }
+
+  // Runs a backward, together with that of the convolution in front which takes its adjoint picture by picture.
+  void with_reader(OpCall<T>& call, size_t i, const Frame<T>& frame, const Frame<T>& adjoints, const T* theta,
+                   const Pass& pass, const std::vector<Wants>& wants, T* grad, void (*run)(const OpCall<T>&)) const {
+    if (!net.streamed[call.plan.op.input[0]]) return run(call);
+    OpCall<T> reader = bind(i - 1, frame, theta, pass);
+    reader.dy = net.adjoint(adjoints, reader.plan.op.output);
+    bind_wants(reader, wants[i - 1], adjoints, grad, pass, reader.dx, reader.dp);
+    call.reader = &reader;
+    run(call);
+  }
+
   int64_t parameter_at(int p, const Pass& pass) const {
     const int rows = net.graph->parameters[p].rows;
     return packing.offset(p) + (rows > 1 ? std::min(pass.row, rows - 1) * packing.row(p) : 0);

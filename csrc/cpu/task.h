@@ -224,7 +224,7 @@ struct Executor<T>::Worker {
     std::fill(gradient, gradient + size, T(0));
     if (!finite(evaluate(k, gradient), k, false, "loss")) return;
     const Settings& s = call.settings;
-    const T* from = theta(k);
+    const T *from = theta(k), *g = gradient;
     T* to = path + (plan.keep_path ? k * size : 0);
     const T momentum = k > 0 ? T(s.momentum) : T(0), decay = T(s.weight_decay);
     typename S::Bits poison{};
@@ -235,35 +235,42 @@ struct Executor<T>::Worker {
         if (to != from) std::copy(from + first, from + last, to + first);
         continue;
       }
-      const T* alpha = engine.rates_.data() + rate.offset + k * rate.row;
       const auto descend = [&](const auto& direction_at) {
-        const Vector shared = S::fill(*alpha);
-        for (int64_t i = first; i < last; i += S::kWidth) {
-          const Vector here = S::load(from + i), m = direction_at(i, here);
-          const Vector next = here - (rate.per_element ? S::load(alpha + i - first) : shared) * m;
-          poison |= S::poison(next);
-          S::store(to + i, next);
-        }
+        with_rate(rate, k, first, [&, first, last, from, to](const auto& rate_at) {
+          typename S::Bits poison_here{};
+          for (int64_t i = first; i < last; i += S::kWidth) {
+            const Vector here = S::load(from + i), next = here - rate_at(i) * direction_at(i, here);
+            poison_here |= S::poison(next);
+            S::store(to + i, next);
+          }
+          poison |= poison_here;
+        });
       };
       if (second) {
         const Adam adam(s, k);
-        descend([&](int64_t i, Vector here) {
-          return adam(S::load(gradient + i) + decay * here, directions + i, second + i);
-        });
+        descend([&](int64_t i, Vector here) { return adam(S::load(g + i) + decay * here, directions + i, second + i); });
       } else if (plan.remembers) {
         const T* m_from = direction(k > 0 ? k - 1 : 0);
         T* m_to = direction(k);
         descend([=](int64_t i, Vector here) {
-          Vector m = S::load(gradient + i) + decay * here;
+          Vector m = S::load(g + i) + decay * here;
           if (momentum != T(0)) m += momentum * S::load(m_from + i);
           S::store(m_to + i, m);
           return m;
         });
       } else {
-        descend([=](int64_t i, Vector here) { return S::load(gradient + i) + decay * here; });
+        descend([=](int64_t i, Vector here) { return S::load(g + i) + decay * here; });
       }
     }
     finite(poison, to, k, "an adapted weight");
+  }
+
+  // Calls body(rate of the vector at i) for step k; loops over locals, for a store through a vector may change a member.
+  template <class Body>
+  void with_rate(const RateView& rate, int k, int64_t first, const Body& body) const {
+    const T* alpha = engine.rates_.data() + rate.offset + k * rate.row;
+    if (rate.per_element) return body([=](int64_t i) { return S::load(alpha + i - first); });
+    body([shared = S::fill(*alpha)](int64_t) { return shared; });
   }
 
   // Bias-corrected ratio of moments (Kingma and Ba 2015).
@@ -350,24 +357,19 @@ struct Executor<T>::Worker {
       const RateView& rate = engine.rate_views_[p];
       if (rate.offset < 0) continue;
       const int64_t first = packing.offset(p), last = first + packing.size(p);
-      const T* alpha = engine.rates_.data() + rate.offset + k * rate.row;
-      const Vector shared = S::fill(*alpha);
-      const auto rate_of = [&](int64_t i) { return rate.per_element ? S::load(alpha + i - first) : shared; };
       if (rate_sum) add_rate_gradient(k, rate, first, last);
-      if (carry) {
+      with_rate(rate, k, first, [=, to = tangent, v_at = adjoint, carried = carry](const auto& rate_at) {
         for (int64_t i = first; i < last; i += S::kWidth) {
-          const Vector v = S::load(adjoint + i), u = rate_of(i) * v + S::load(carry + i);
-          S::store(carry + i, momentum * u);
-          S::store(tangent + i, -u);
-          S::store(adjoint + i, v - decay * u);
+          const Vector v = S::load(v_at + i);
+          Vector u = rate_at(i) * v;
+          if (carried) {
+            u += S::load(carried + i);
+            S::store(carried + i, momentum * u);
+          }
+          S::store(to + i, -u);
+          if (decay != T(0)) S::store(v_at + i, v - decay * u);
         }
-      } else {
-        for (int64_t i = first; i < last; i += S::kWidth) {
-          const Vector v = S::load(adjoint + i), u = rate_of(i) * v;
-          S::store(tangent + i, -u);
-          S::store(adjoint + i, v - decay * u);
-        }
-      }
+      });
     }
     if (!call.settings.first_order) add_hessian_product(k);
   }
@@ -408,10 +410,11 @@ struct Executor<T>::Worker {
 
   void finish() {
     typename S::Bits poison{};
-    for (int64_t i = 0; i < size; i += S::kWidth) poison |= S::poison(S::load(adjoint + i));
-    if (!finite(poison, adjoint, 0, "the meta-gradient")) return;
-    if (call.grad_parameters && !alone())
-      for (int64_t i = 0; i < size; ++i) sum[i] += adjoint[i];
+    const T* v = adjoint;
+    const bool add = call.grad_parameters && !alone();
+    for (int64_t i = 0; i < size; i += S::kWidth) poison |= S::poison(S::load(v + i));
+    if (!finite(poison, v, 0, "the meta-gradient")) return;
+    for (int64_t i = 0; add && i < size; ++i) sum[i] += v[i];
     if (call.grad_initial) packing.unpack_all(adjoint, call.grad_initial + task * packing.flat_size());
   }
 };

@@ -10,7 +10,7 @@
 // equal ones, is found from x again, and every other pixel has dz = 0.
 #pragma once
 
-#include "op.h"
+#include "conv2d.h"
 
 namespace metaaug::METAAUG_ISA {
 
@@ -62,7 +62,7 @@ struct BatchNorm {
     for (int p = 0; p < 2; ++p)
       if (call.dp[p]) add(call.dp[p], sums + (1 - p) * stride, stride);
     if (!call.dx[0]) return;
-    each_part(call, [&](const Lines& lines, int64_t channel, auto vectors) {
+    each_part_of_adjoint(call, call.dx[0], [&](const Lines& lines, int64_t channel, auto vectors, T* dx) {
       constexpr int kVectors = decltype(vectors)::value;
       const Normal<kVectors> normal(call, channel);
       const Block<kVectors> dz_sum(sums, channel, T(0)), dz_xh_sum(sums + stride, channel, T(0));
@@ -72,8 +72,8 @@ struct BatchNorm {
         mean_dz_xh[j] = share * dz_xh_sum[j];
       }
       const auto dx_at = [&](int64_t row, int j, Vector dz) {
-        const Vector dx = normal.scale[j] * (dz - mean_dz[j] - normal.xh(row, j) * mean_dz_xh[j]);
-        put_vector(call.dx[0] + row * stride + channel + j * S::kWidth, dx, call.accumulate[0]);
+        const Vector value = normal.scale[j] * (dz - mean_dz[j] - normal.xh(row, j) * mean_dz_xh[j]);
+        put_vector(dx + row * stride + channel + j * S::kWidth, value, call.accumulate[0]);
       };
       each_window(call.plan, lines, [&](int64_t to, const int64_t (&from)[kWindow]) {
         for (int j = 0; j < kVectors; ++j) {
@@ -151,7 +151,7 @@ struct BatchNorm {
     for (int p = 0; p < 2; ++p)
       if (call.dp_t[p]) add(call.dp_t[p], sums + (3 - p) * stride, stride);
     if (!call.dx_t[0]) return;
-    each_part(call, [&](const Lines& lines, int64_t channel, auto vectors) {
+    each_part_of_adjoint(call, call.dx_t[0], [&](const Lines& lines, int64_t channel, auto vectors, T* dx_t) {
       constexpr int kVectors = decltype(vectors)::value;
       const NormalTangent<kVectors> normal(call, channel);
       const Block<kVectors> gamma_t(call.p_t[0], channel, T(0)), dz_sum(sums, channel, T(0)),
@@ -171,7 +171,7 @@ struct BatchNorm {
         const Vector plain = normal.gamma[j] * dz - h[j] - xh * hxh[j];
         Vector moved = gamma_t[j] * dz + normal.gamma[j] * dz_t - h_t[j] - xh * hxh_t[j];
         if (call.x_t[0]) moved -= normal.xh_t(S::load(call.x_t[0] + at), xh, j) * hxh[j];
-        put_vector(call.dx_t[0] + at, r_t[j] * plain + normal.r[j] * moved, call.accumulate[0]);
+        put_vector(dx_t + at, r_t[j] * plain + normal.r[j] * moved, call.accumulate[0]);
       };
       each_window(call.plan, lines, [&](int64_t to, const int64_t (&from)[kWindow]) {
         for (int j = 0; j < kVectors; ++j) {
@@ -311,12 +311,32 @@ struct BatchNorm {
   // body(lines, first_channel, integral_constant<vectors>): memory is read in order, registers hold one block.
   template <class Body>
   static void each_part(const OpCall<T>& call, const Body& body) {
-    const OpPlan<T>& plan = call.plan;
-    const int lines = plan.images * plan.out.shape.height, at_once = std::max(1, 32 / plan.out.shape.width);
-    for (int first = 0; first < lines; first += at_once)
+    each_part_of(call.plan, {0, call.plan.images * call.plan.out.shape.height}, body);
+  }
+  template <class Body>
+  static void each_part_of(const OpPlan<T>& plan, const Lines& all, const Body& body) {
+    const int at_once = std::max(1, 32 / plan.out.shape.width);
+    for (int first = all.first; first < all.last; first += at_once)
       each_block<T>(plan.out.stride, [&](int64_t channel, auto vectors) {
-        body(Lines{first, std::min(lines, first + at_once)}, channel, vectors);
+        body(Lines{first, std::min(all.last, first + at_once)}, channel, vectors);
       });
+  }
+
+  // body(lines, first_channel, vectors, where the rows of dx count from)
+  template <class Body>
+  static void each_part_of_adjoint(const OpCall<T>& call, T* dx, const Body& body) {
+    const OpPlan<T>& plan = call.plan;
+    const int height = plan.out.shape.height;
+    const auto run = [&](const Lines& lines, T* from) {
+      each_part_of(plan, lines, [&](const Lines& some, int64_t channel, auto vectors) {
+        body(some, channel, vectors, from);
+      });
+    };
+    if (!call.reader) return run({0, plan.images * height}, dx);
+    for (int image = 0; image < plan.images; ++image) {
+      run({image * height, (image + 1) * height}, dx - image * plan.in[0].sample());
+      conv2d::take_picture(*call.reader, image);
+    }
   }
 
   // Channel sums [kSums, stride] in the scratch; body(lines, first_channel, vectors, sums) adds to the vectors `sums`.

@@ -76,6 +76,11 @@ void plan_winograd(OpPlan<T>& plan) {
 }
 
 template <class T>
+bool takes_pictures(const OpPlan<T>& plan) {
+  return !plan.winograd && !plan.narrow && plan.weight_gradient.images == plan.images;
+}
+
+template <class T>
 void plan(OpPlan<T>& plan) {
   const Op& op = plan.op;
   const Layout &in = plan.in[0], &out = plan.out;
@@ -208,6 +213,15 @@ void backward(const OpCall<T>& call) {
     weight_gradient(call, &product, 1, call.dp[0]);
   }
   if (call.dp[1]) add_column_sums(call.dy, plan.rows(), plan.out.stride, call.dp[1]);
+}
+
+// The parameters' share of one picture, whose output adjoint is all that lies in dy.
+template <class T>
+void take_picture(const OpCall<T>& call, int image) {
+  const OpPlan<T>& plan = call.plan;
+  const Product<T> product{call.x[0] + image * plan.in[0].sample(), call.dy};
+  if (call.dp[0]) outer_images<T>(plan.weight_gradient, 1, plan.matrix, &product, 1, call.dp[0]);
+  if (call.dp[1]) add_column_sums(call.dy, plan.out.shape.pixels(), plan.out.stride, call.dp[1]);
 }
 
 template <class T>

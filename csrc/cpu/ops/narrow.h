@@ -25,34 +25,42 @@ void each_part(int inputs, const Body& body) {
   for (; i < inputs; ++i) body(i, std::integral_constant<int, 0>());
 }
 
-// C = bias + products, of inputs and weights. Dot products of a vector of pixels are summed up together.
+// C = bias + products, of inputs and weights. Dot products of a vector of pixels are summed up together; where fewer
+// are left, the last stands in for the missing ones.
 template <class T>
 void products(const OpPlan<T>& plan, const Product<T>* products, int terms, const T* bias, T* c) {
   using S = Simd<T>;
   constexpr int kWidth = S::kWidth;
   const int inputs = plan.in[0].shape.channels, outputs = plan.out.shape.channels, whole = inputs / kWidth * kWidth;
-  const int64_t row = pad<T>(inputs), stride = plan.out.stride;
-  for (int64_t i = 0; i < plan.rows() * stride; i += stride)
-    for (int64_t o = 0; o < stride; ++o) c[i + o] = bias ? bias[o] : T(0);
+  const int64_t row = pad<T>(inputs);
   int64_t from[kWidth], to[kWidth];
   int waiting = 0;
   const auto add = [&] {
+    for (int k = waiting; k < kWidth; ++k) from[k] = from[waiting - 1];
     for (int o = 0; o < outputs; ++o) {
       typename S::Vector sum[kWidth] = {};
-      for (int term = 0; term < terms; ++term)
-        for (int k = 0; k < waiting; ++k) {
-          const T *a = products[term].a + from[k], *b = products[term].b + o * row;
-          typename S::Vector part{};
-          for (int i = 0; i < whole; i += kWidth) part += S::load(a + i) * S::load(b + i);
-          sum[k] += part;
-          for (int i = whole; i < inputs; ++i) c[to[k] + o] += a[i] * b[i];
+      T rest[kWidth] = {};
+      for (int term = 0; term < terms; ++term) {
+        const T *a = products[term].a, *b = products[term].b + o * row;
+        for (int i = 0; i < whole; i += kWidth) {
+          const typename S::Vector weights = S::load(b + i);
+#pragma GCC unroll 16
+          for (int k = 0; k < kWidth; ++k) sum[k] += S::load(a + from[k] + i) * weights;
         }
+        for (int i = whole; i < inputs; ++i)
+          for (int k = 0; k < waiting; ++k) rest[k] += a[from[k] + i] * b[i];
+      }
       transpose_block<T>(sum);
+#pragma GCC unroll 16
       for (int k = 1; k < kWidth; ++k) sum[0] += sum[k];
-      for (int k = 0; k < waiting; ++k) c[to[k] + o] += sum[0][k];
+      S::store(rest, sum[0] + S::load(rest));
+      for (int k = 0; k < waiting; ++k) c[to[k] + o] += rest[k];
     }
     waiting = 0;
   };
+  // Of pixels that read padding alone the bias is left; a row is one vector.
+  const typename S::Vector empty = bias ? S::load(bias) : S::fill(0);
+  for (int64_t i = 0; i < plan.rows(); ++i) S::store(c + i * S::kWidth, empty);
   each_pair(plan, [&](int64_t a, int64_t out) {
     from[waiting] = a, to[waiting] = out;
     if (++waiting == kWidth) add();

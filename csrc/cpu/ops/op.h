@@ -59,6 +59,8 @@ struct OpCall {
   T* saved_tangent = nullptr;  // written by tangent, read by tangent_backward
   T* scratch = nullptr;
   uint32_t key = 0;  // dropout
+  // A call that takes the adjoint of x picture by picture, from room for one: see Network::streamed.
+  const OpCall* reader = nullptr;
 
   bool moves() const { return x_t[0] || x_t[1] || p_t[0] || p_t[1]; }
 };
