@@ -190,21 +190,28 @@ inline void each_tile(int count, int most, const Body& body) {
   }
 }
 
-// C (+)= bias + sum of products over the plan's runs; `matrix` is the shape of every product's B.
+// C (+)= bias + sum of products over the plan's runs; `matrix` is the shape of every product's B. One panel after the
+// other, so that it stays in the first cache; where all of B does, one run after the other.
 template <class T>
 void gather(const GatherPlan& plan, const Panels<T>& matrix, const Product<T>* products, int terms, const T* bias, T* c,
             bool accumulate) {
-  for (int p = 0; p < matrix.count(); ++p) {
+  constexpr int64_t kBytes = 12 * 1024;
+  const auto work = [&](int p, const Run& run) {
     const int64_t column = int64_t{p} * Panels<T>::kColumns;
     const int vectors = matrix.width(p) / Simd<T>::kWidth;
     const auto& kernels = Tiles<T>::table().gather[vectors - 1];
-    for (const Run& run : plan.runs) {
-      each_tile(run.count, tile_rows(vectors), [&](int first, int rows) {
-        kernels[rows - 1](plan.segments.data() + run.first_segment, run.segments, products, terms,
-                          run.a0 + first * run.a_stride, run.a_stride, matrix.start(p), bias ? bias + column : nullptr,
-                          c + run.c0 + first * run.c_stride + column, run.c_stride, accumulate);
-      });
-    }
+    each_tile(run.count, tile_rows(vectors), [&](int first, int rows) {
+      kernels[rows - 1](plan.segments.data() + run.first_segment, run.segments, products, terms,
+                        run.a0 + first * run.a_stride, run.a_stride, matrix.start(p), bias ? bias + column : nullptr,
+                        c + run.c0 + first * run.c_stride + column, run.c_stride, accumulate);
+    });
+  };
+  if (terms * matrix.size() * int64_t(sizeof(T)) <= kBytes) {
+    for (const Run& run : plan.runs)
+      for (int p = 0; p < matrix.count(); ++p) work(p, run);
+  } else {
+    for (int p = 0; p < matrix.count(); ++p)
+      for (const Run& run : plan.runs) work(p, run);
   }
 }
 

@@ -276,30 +276,39 @@ struct BatchNorm {
     Vector xh_t(Vector x_t, Vector xh, int j) const { return this->r[j] * (x_t - mean_t[j] - xh * q[j]); }
   };
 
+  // Mean and variance part by part, each while it is in the first cache, put together as by Chan, Golub and LeVeque
+  // (1979): as exact as two passes over everything.
   static void statistics(const OpCall<T>& call) {
-    const int64_t rows = call.plan.in_rows(), stride = call.plan.out.stride;
-    const int channels = call.plan.out.shape.channels;
+    const OpPlan<T>& plan = call.plan;
+    const int64_t stride = plan.out.stride;
     T *mean = call.saved, *r = mean + stride, *variance = r + stride;
-    const T* sum = sum_parts<1>(call, [&](const Lines& lines, int64_t channel, auto vectors, auto& part) {
-      each_pixel(call.plan, lines, [&](int64_t row) {
-        for (int j = 0; j < vectors.value; ++j)
-          part[0][j] += S::load(call.x[0] + row * stride + channel + j * S::kWidth);
+    std::fill(call.saved, call.saved + 3 * stride, T(0));
+    each_part(call, [&](const Lines& lines, int64_t channel, auto vectors) {
+      const int64_t before = row_of(plan, lines.first), count = row_of(plan, lines.last) - before;
+      const T share = T(1) / T(count), weight = T(count) / T(before + count);
+      const T* x = call.x[0] + channel;
+      Vector middle[vectors.value] = {}, square[vectors.value] = {};
+      each_pixel(plan, lines, [&](int64_t row) {
+        for (int j = 0; j < vectors.value; ++j) middle[j] += S::load(x + row * stride + j * S::kWidth);
       });
-    });
-    for (int64_t c = 0; c < stride; ++c) mean[c] = sum[c] / T(rows);
-    const T* square = sum_parts<1>(call, [&](const Lines& lines, int64_t channel, auto vectors, auto& part) {
-      const Block<vectors.value> middle(mean, channel, T(0));
-      each_pixel(call.plan, lines, [&](int64_t row) {
+      for (int j = 0; j < vectors.value; ++j) middle[j] *= share;
+      each_pixel(plan, lines, [&](int64_t row) {
         for (int j = 0; j < vectors.value; ++j) {
-          const Vector centred = S::load(call.x[0] + row * stride + channel + j * S::kWidth) - middle[j];
-          part[0][j] += centred * centred;
+          const Vector centred = S::load(x + row * stride + j * S::kWidth) - middle[j];
+          square[j] += centred * centred;
         }
       });
+      for (int j = 0; j < vectors.value; ++j) {
+        T *mean_at = mean + channel + j * S::kWidth, *square_at = variance + channel + j * S::kWidth;
+        const Vector apart = middle[j] - S::load(mean_at);
+        S::store(mean_at, S::load(mean_at) + weight * apart);
+        S::store(square_at, S::load(square_at) + square[j] + T(before) * weight * apart * apart);
+      }
     });
     for (int64_t c = 0; c < stride; ++c) {
-      variance[c] = square[c] / T(rows);
+      variance[c] /= T(plan.in_rows());
       // Padding has no variance: without an eps, 1 / 0 would come back as NaN.
-      r[c] = c < channels ? T(1) / std::sqrt(variance[c] + T(call.plan.op.eps)) : T(0);
+      r[c] = c < plan.out.shape.channels ? T(1) / std::sqrt(variance[c] + T(plan.op.eps)) : T(0);
     }
   }
 
@@ -379,13 +388,7 @@ struct BatchNorm {
   // body(row of x): the pixels of the lines' windows, and of what lies outside beside and below them.
   template <class Body>
   static void each_pixel(const OpPlan<T>& plan, const Lines& lines, const Body& body) {
-    const Shape &in = plan.in[0].shape, &out = plan.out.shape;
-    for (int line = lines.first; line < lines.last; ++line) {
-      const int64_t first = row_of(plan, line), last = line % out.height + 1 < out.height
-                                                           ? row_of(plan, line + 1)
-                                                           : (int64_t{line / out.height} + 1) * in.pixels();
-      for (int64_t row = first; row < last; ++row) body(row);
-    }
+    for (int64_t row = row_of(plan, lines.first), last = row_of(plan, lines.last); row < last; ++row) body(row);
   }
 
   // The last row and column of an odd picture are in no window.
