@@ -66,20 +66,20 @@ struct BatchNorm {
       constexpr int kVectors = decltype(vectors)::value;
       const Normal<kVectors> normal(call, channel);
       const Block<kVectors> dz_sum(sums, channel, T(0)), dz_xh_sum(sums + stride, channel, T(0));
-      Vector mean_dz[kVectors], mean_dz_xh[kVectors];
+      Vector same[kVectors], along_x[kVectors];  // dx = scale dz - same - along_x (x - mean)
       for (int j = 0; j < kVectors; ++j) {
-        mean_dz[j] = share * dz_sum[j];
-        mean_dz_xh[j] = share * dz_xh_sum[j];
+        same[j] = share * normal.scale[j] * dz_sum[j];
+        along_x[j] = share * normal.scale[j] * normal.r[j] * dz_xh_sum[j];
       }
-      const auto dx_at = [&](int64_t row, int j, Vector dz) {
-        const Vector value = normal.scale[j] * (dz - mean_dz[j] - normal.xh(row, j) * mean_dz_xh[j]);
+      const auto dx_at = [&](int64_t row, int j, Vector chosen) {
+        const Vector value = chosen - same[j] - along_x[j] * normal.centred(row, j);
         put_vector(dx + row * stride + channel + j * S::kWidth, value, call.accumulate[0]);
       };
       each_window(call.plan, lines, [&](int64_t to, const int64_t (&from)[kWindow]) {
         for (int j = 0; j < kVectors; ++j) {
           const Choice best = normal.choose(from, j);
           const Vector dz = best.through(S::load(call.dy + to * stride + channel + j * S::kWidth));
-          for (int tap = 0; tap < kWindow; ++tap) dx_at(from[tap], j, best.at(tap, dz));
+          for (int tap = 0; tap < kWindow; ++tap) dx_at(from[tap], j, best.at(tap, normal.scale[j] * dz));
         }
       });
       each_pixel_outside(call.plan, lines, [&](int64_t row) {
@@ -157,33 +157,37 @@ struct BatchNorm {
       const Block<kVectors> gamma_t(call.p_t[0], channel, T(0)), dz_sum(sums, channel, T(0)),
           dz_xh_sum(sums + stride, channel, T(0)), dz_t_sum(sums + 2 * stride, channel, T(0)),
           mixed_sum(sums + 3 * stride, channel, T(0));
-      Vector h[kVectors], hxh[kVectors], h_t[kVectors], hxh_t[kVectors], r_t[kVectors];  // means
+      // With means h = E[gamma dz], hxh = E[gamma dz xh], their tangents and r':
+      //   dx' = r' (gamma dz - h - xh hxh) + r (gamma' dz + gamma dz' - h' - xh hxh' - xh' hxh)
+      //       = scale_t dz + scale dz' - same - along_x (x - mean) - along_x_t (x' - E[x'])
+      Vector scale_t[kVectors], same[kVectors], along_x[kVectors], along_x_t[kVectors];
       for (int j = 0; j < kVectors; ++j) {
-        h[j] = share * normal.gamma[j] * dz_sum[j];
-        hxh[j] = share * normal.gamma[j] * dz_xh_sum[j];
-        h_t[j] = share * (gamma_t[j] * dz_sum[j] + normal.gamma[j] * dz_t_sum[j]);
-        hxh_t[j] = share * (gamma_t[j] * dz_xh_sum[j] + normal.gamma[j] * mixed_sum[j]);
-        r_t[j] = -normal.r[j] * normal.r[j] * normal.q[j];
+        const Vector r = normal.r[j], gamma = normal.gamma[j], r_t = -r * r * normal.q[j];
+        const Vector h = share * gamma * dz_sum[j], hxh = share * gamma * dz_xh_sum[j];
+        const Vector h_t = share * (gamma_t[j] * dz_sum[j] + gamma * dz_t_sum[j]);
+        const Vector hxh_t = share * (gamma_t[j] * dz_xh_sum[j] + gamma * mixed_sum[j]);
+        scale_t[j] = r_t * gamma + r * gamma_t[j];
+        same[j] = r_t * h + r * h_t;
+        along_x[j] = r * (T(2) * r_t * hxh + r * hxh_t);
+        along_x_t[j] = r * r * hxh;
       }
-      const auto dx_t_at = [&](int64_t row, int j, Vector dz, Vector dz_t) {
+      const auto dx_t_at = [&](int64_t row, int j, Vector chosen) {
         const int64_t at = row * stride + channel + j * S::kWidth;
-        const Vector xh = normal.xh(row, j);
-        const Vector plain = normal.gamma[j] * dz - h[j] - xh * hxh[j];
-        Vector moved = gamma_t[j] * dz + normal.gamma[j] * dz_t - h_t[j] - xh * hxh_t[j];
-        if (call.x_t[0]) moved -= normal.xh_t(S::load(call.x_t[0] + at), xh, j) * hxh[j];
-        put_vector(dx_t + at, r_t[j] * plain + normal.r[j] * moved, call.accumulate[0]);
+        Vector value = chosen - same[j] - along_x[j] * normal.centred(row, j);
+        if (call.x_t[0]) value -= along_x_t[j] * (S::load(call.x_t[0] + at) - normal.mean_t[j]);
+        put_vector(dx_t + at, value, call.accumulate[0]);
       };
       each_window(call.plan, lines, [&](int64_t to, const int64_t (&from)[kWindow]) {
         for (int j = 0; j < kVectors; ++j) {
           const int64_t column = channel + j * S::kWidth;
           const Choice best = normal.choose(from, j);
-          const Vector dz = best.through(S::load(call.dy + to * stride + column));
-          const Vector dz_t = best.through(S::load(call.dy_t + to * stride + column));
-          for (int tap = 0; tap < kWindow; ++tap) dx_t_at(from[tap], j, best.at(tap, dz), best.at(tap, dz_t));
+          const Vector dz = S::load(call.dy + to * stride + column), dz_t = S::load(call.dy_t + to * stride + column);
+          const Vector chosen = best.through(scale_t[j] * dz + normal.scale[j] * dz_t);
+          for (int tap = 0; tap < kWindow; ++tap) dx_t_at(from[tap], j, best.at(tap, chosen));
         }
       });
       each_pixel_outside(call.plan, lines, [&](int64_t row) {
-        for (int j = 0; j < kVectors; ++j) dx_t_at(row, j, Vector{}, Vector{});
+        for (int j = 0; j < kVectors; ++j) dx_t_at(row, j, Vector{});
       });
     });
   }
@@ -246,7 +250,8 @@ struct BatchNorm {
       }
     }
 
-    Vector xh(int64_t row, int j) const { return (S::load(x + row * stride + j * S::kWidth) - mean[j]) * r[j]; }
+    Vector centred(int64_t row, int j) const { return S::load(x + row * stride + j * S::kWidth) - mean[j]; }
+    Vector xh(int64_t row, int j) const { return centred(row, j) * r[j]; }
 
     // NaN is taken for the largest, once: a loss that is not finite has no backward pass.
     template <bool kFirst = false>
