@@ -105,6 +105,8 @@ struct Network {
   // Values between a convolution whose input wants no adjoint and its batch norm: their adjoint is handed over picture
   // by picture, and there is room for one.
   std::vector<char> streamed;
+  // Others between a convolution and its batch norm: in a frame whose values pass too, the adjoint takes their place.
+  std::vector<char> over_value;
   std::vector<char> adapted;  // parameters that move in the inner loop
   std::vector<char> moves;    // values that depend on one of them
   // Ops in front of everything that adapts (ANIL's body), where all steps of a task see the same samples: their values
@@ -131,7 +133,7 @@ struct Network {
     lay_out(wants_input, reaches);
     inner = wants(moves, adapted);
     outer = wants(reaches, wanted);
-    find_streamed();
+    find_places_of_adjoints();
     lay_out_adjoints();
     lay_out_passing_adjoints();
     loss.images = images;
@@ -145,7 +147,7 @@ struct Network {
   T* saved(const Frame<T>& frame, size_t op) const { return (still[op] ? frame.still : frame.saved) + saved_at[op]; }
   T* adjoint(const Frame<T>& frame, int v) const {
     if (border[v]) return frame.carried + carried_at[v];
-    if (frame.passing) return frame.adjoints + passing_at[v];
+    if (frame.passing) return over_value[v] ? value(frame, v) : frame.adjoints + passing_at[v];
     return unread_at[v] < 0 ? frame.adjoints + adjoint_at[v] : frame.unread + unread_at[v];
   }
 
@@ -244,16 +246,18 @@ struct Network {
     }
   }
 
-  void find_streamed() {
+  void find_places_of_adjoints() {
     streamed.assign(values.size(), 0);
+    over_value.assign(values.size(), 0);
     for (size_t i = 0; i + 1 < ops.size(); ++i) {
       const Op &conv = ops[i].op, &norm = ops[i + 1].op;
       const int v = conv.output;
       int readers = 0;
       for (const Op& op : graph->ops) readers += (op.input[0] == v) + (op.input[1] == v);
-      streamed[v] = conv.kind == OpKind::kConv2d && norm.kind == OpKind::kBatchNorm && norm.input[0] == v &&
-                    readers == 1 && v != graph->output && !border[v] && !moves[conv.input[0]] && !outer[i].dx[0] &&
-                    conv2d::takes_pictures(ops[i]);
+      if (conv.kind != OpKind::kConv2d || norm.kind != OpKind::kBatchNorm || norm.input[0] != v || readers != 1) continue;
+      if (v == graph->output || border[v]) continue;
+      streamed[v] = !moves[conv.input[0]] && !outer[i].dx[0] && conv2d::takes_pictures(ops[i]);
+      over_value[v] = !streamed[v] && !still_value[v];
     }
   }
 
@@ -292,6 +296,8 @@ struct Network {
     std::vector<Block> live;
     passing_at.assign(values.size(), -1);
     const auto allocate = [&](int v) {
+      passing_at[v] = 0;
+      if (over_value[v]) return;
       int64_t at = 0;
       size_t place = 0;
       for (; place < live.size() && live[place].at < at + adjoint_size(v); ++place) at = live[place].at + live[place].size;
@@ -310,6 +316,7 @@ struct Network {
       }
       for (int j = 0; j < 2; ++j)
         if ((inner[i].dx[j] || outer[i].dx[j]) && passing_at[op.input[j]] < 0) allocate(op.input[j]);
+      if (over_value[op.output]) continue;
       const int64_t at = passing_at[op.output];
       live.erase(std::find_if(live.begin(), live.end(), [&](const Block& block) { return block.at == at; }));
     }
