@@ -1,28 +1,20 @@
 // Memory of one worker.
 #pragma once
 
-#include <sys/mman.h>
-
-#include <cstdlib>
+#include <cstdint>
 #include <memory>
 #include <new>
 
 namespace metaaug::METAAUG_ISA {
 
-// Grown and never shrunk, and in large pages where it is large.
+// Grown and never shrunk.
 template <class T>
 class Arena {
  public:
   void reserve(int64_t size) {
     if (size > size_) {
       memory_.reset();  // before the new block is there: nothing in the old one is needed
-      const size_t bytes = size * sizeof(T), page = bytes >= 4 * kLargePage ? kLargePage : kLine;
-      void* memory = nullptr;
-      if (posix_memalign(&memory, page, bytes)) throw std::bad_alloc();
-      memory_.reset(static_cast<T*>(memory));
-#ifdef MADV_HUGEPAGE
-      if (page == kLargePage) madvise(memory_.get(), bytes, MADV_HUGEPAGE);
-#endif
+      memory_.reset(static_cast<T*>(::operator new(size * sizeof(T), kPage)));
       size_ = size;
     }
     used_ = 0;
@@ -40,9 +32,10 @@ class Arena {
   }
 
  private:
-  static constexpr size_t kLine = 64, kLargePage = 2 << 20;
+  static constexpr std::align_val_t kPage{4096};
+  static constexpr int64_t kLine = 64;
   struct Free {
-    void operator()(T* memory) const { std::free(memory); }
+    void operator()(T* memory) const { ::operator delete(memory, kPage); }
   };
   std::unique_ptr<T, Free> memory_;
   int64_t size_ = 0, used_ = 0;
