@@ -223,7 +223,8 @@ struct Network {
         if (op.input[i] >= 0) plan.in[i] = values[op.input[i]];
       plan.out = values[op.output];
       plan.narrow = op.kind == OpKind::kConv2d && narrow_matrix<T>(graph->parameters[op.param[0]]);
-      plan.wants_dx = moves[op.input[0]] || reaches[op.input[0]];
+      plan.moves = moves[op.input[0]];
+      plan.wants_dx = plan.moves || reaches[op.input[0]];
       if (op.kind == OpKind::kBatchNorm && op.buffer[0] < 0 && plan.in_rows() < 2)
         throw std::invalid_argument("batch norm needs at least 2 values a channel (got 1 sample of 1 pixel)");
       functions.push_back(METAAUG_ISA::functions<T>(op));

@@ -62,6 +62,9 @@ inline GatherPlan pointwise_plan(int64_t rows, int inputs, int64_t a_stride, int
 // Where minimal filtering has this many times fewer products than the direct way, it is faster.
 inline constexpr double kWinogradGain = 1.25;
 
+// So few weights are kept transposed from the backward pass to its tangent: in small nets that is a tenth of a step.
+inline constexpr int64_t kFewWeights = 4096;
+
 // A picture of one to three pixels or channels has too few products to pay for the transforms.
 template <class T>
 void plan_winograd(OpPlan<T>& plan) {
@@ -126,6 +129,8 @@ void plan(OpPlan<T>& plan) {
   }
   const bool linear = taps == 1 && in.shape.pixels() == 1 && op.padding.y == 0 && op.padding.x == 0;
   if (linear) {  // one loop, over the images
+    plan.keeps_transposed = plan.moves && !plan.narrow && plan.transposed.size() <= kFewWeights;
+    if (plan.keeps_transposed) plan.saved = plan.transposed.size();
     plan.weight_gradient = {{{}}, 1, 0, 0};
     for (int n = 0; n < plan.images; ++n) plan.weight_gradient.taps[0].push_back({n * in.sample(), n * out.sample()});
   }
@@ -159,16 +164,6 @@ void plan(OpPlan<T>& plan) {
   plan_winograd(plan);
 }
 
-// The transposed weights of `source`, in the scratch's first or second half.
-template <class T>
-const T* transposed(const OpCall<T>& call, const T* source, int half) {
-  const OpPlan<T>& plan = call.plan;
-  T* target = call.scratch + half * plan.transposed.size();
-  transpose<T>(plan.matrix, source, plan.transposed, target, plan.op.kernel.y * plan.op.kernel.x,
-               plan.in[0].shape.channels, plan.out.shape.channels);
-  return target;
-}
-
 // C (+)= bias + products, of inputs and weights: the forward and its tangent.
 template <class T>
 void convolve(const OpCall<T>& call, Product<T>* products, int terms, const T* bias, T* c) {
@@ -189,7 +184,14 @@ template <class T>
 void convolve_back(const OpCall<T>& call, Product<T>* products, int terms, T* dx) {
   const OpPlan<T>& plan = call.plan;
   if (plan.narrow) return narrow::products_back(call, products, terms, dx);
-  for (int term = 0; term < terms; ++term) products[term].b = transposed(call, products[term].b, term);
+  for (int term = 0; term < terms; ++term) {
+    const bool kept = term == 0 && plan.keeps_transposed;  // the first is of theta
+    T* target = kept ? call.saved : call.scratch + term * plan.transposed.size();
+    if (!kept || !call.dy_t)  // in a tangent they are there
+      transpose<T>(plan.matrix, products[term].b, plan.transposed, target, plan.op.kernel.y * plan.op.kernel.x,
+                   plan.in[0].shape.channels, plan.out.shape.channels);
+    products[term].b = target;
+  }
   if (!plan.winograd)
     return gather<T>(plan.input_gradient, plan.transposed, products, terms, nullptr, dx, call.accumulate[0]);
   T* scratch = call.scratch + 2 * plan.transposed.size();

@@ -19,13 +19,15 @@ struct OpPlan {
   Op op;
   int images = 0;
   Layout in[2], out;
-  bool wants_dx = true;                               // whether any pass asks for an adjoint of the first input
+  bool moves = true;                                  // whether the first input depends on what adapts
+  bool wants_dx = true;                               // whether any pass asks for an adjoint of it
   int64_t saved = 0, saved_tangent = 0, scratch = 0;  // elements, sized by the op's `plan`
 
   // conv2d only
   Panels<T> matrix, transposed;
   GatherPlan forward, input_gradient;
   OuterPlan weight_gradient;
+  bool keeps_transposed = false;
   bool narrow = false;    // the weights lie as narrow.h says
   bool winograd = false;  // instead of the plans above
   Winograd<T> forward_tiles, input_gradient_tiles;
