@@ -255,16 +255,15 @@ struct Network {
       const int v = conv.output;
       int readers = 0;
       for (const Op& op : graph->ops) readers += (op.input[0] == v) + (op.input[1] == v);
-      if (conv.kind != OpKind::kConv2d || norm.kind != OpKind::kBatchNorm || norm.input[0] != v || readers != 1) continue;
+      if (conv.kind != OpKind::kConv2d || norm.kind != OpKind::kBatchNorm || norm.input[0] != v || readers != 1)
+        continue;
       if (v == graph->output || border[v]) continue;
       streamed[v] = !moves[conv.input[0]] && !outer[i].dx[0] && conv2d::takes_pictures(ops[i]);
       over_value[v] = !streamed[v] && !still_value[v];
     }
   }
 
-  int64_t adjoint_size(int v) const {
-    return v == 0 ? input_size : (streamed[v] ? 1 : images) * values[v].sample();
-  }
+  int64_t adjoint_size(int v) const { return v == 0 ? input_size : (streamed[v] ? 1 : images) * values[v].sample(); }
 
   // The adjoint behind a convolution whose input stays and wants none has done its part in the weight gradient: the
   // Hessian-vector product has the tangent of it alone.
@@ -301,7 +300,8 @@ struct Network {
       if (over_value[v]) return;
       int64_t at = 0;
       size_t place = 0;
-      for (; place < live.size() && live[place].at < at + adjoint_size(v); ++place) at = live[place].at + live[place].size;
+      for (; place < live.size() && live[place].at < at + adjoint_size(v); ++place)
+        at = live[place].at + live[place].size;
       live.insert(live.begin() + place, {at, adjoint_size(v)});
       passing_size = std::max(passing_size, at + adjoint_size(v));
       passing_at[v] = at;

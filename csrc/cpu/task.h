@@ -248,7 +248,8 @@ struct Executor<T>::Worker {
       };
       if (second) {
         const Adam adam(s, k);
-        descend([&](int64_t i, Vector here) { return adam(S::load(g + i) + decay * here, directions + i, second + i); });
+        descend(
+            [&](int64_t i, Vector here) { return adam(S::load(g + i) + decay * here, directions + i, second + i); });
       } else if (plan.remembers) {
         const T* m_from = direction(k > 0 ? k - 1 : 0);
         T* m_to = direction(k);
@@ -265,7 +266,8 @@ struct Executor<T>::Worker {
     finite(poison, to, k, "an adapted weight");
   }
 
-  // Calls body(rate of the vector at i) for step k; loops over locals, for a store through a vector may change a member.
+  // Calls body(rate of the vector at i) for step k; loops over locals, for a store through a vector may change a
+  // member.
   template <class Body>
   void with_rate(const RateView& rate, int k, int64_t first, const Body& body) const {
     const T* alpha = engine.rates_.data() + rate.offset + k * rate.row;

@@ -342,9 +342,8 @@ struct BatchNorm {
     const OpPlan<T>& plan = call.plan;
     const int height = plan.out.shape.height;
     const auto run = [&](const Lines& lines, T* from) {
-      each_part_of(plan, lines, [&](const Lines& some, int64_t channel, auto vectors) {
-        body(some, channel, vectors, from);
-      });
+      each_part_of(plan, lines,
+                   [&](const Lines& some, int64_t channel, auto vectors) { body(some, channel, vectors, from); });
     };
     if (!call.reader) return run({0, plan.images * height}, dx);
     for (int image = 0; image < plan.images; ++image) {

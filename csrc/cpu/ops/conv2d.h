@@ -54,8 +54,7 @@ inline GatherPlan pointwise_plan(int64_t rows, int inputs, int64_t a_stride, int
   constexpr int64_t kAtOnce = 60;  // what fits in the first cache, in whole tiles
   GatherPlan plan{{}, {{0, 0, inputs}}};
   for (int64_t row = 0; row < rows; row += kAtOnce)
-    plan.runs.push_back(
-        {int(std::min(kAtOnce, rows - row)), row * a_stride, a_stride, row * c_stride, c_stride, 0, 1});
+    plan.runs.push_back({int(std::min(kAtOnce, rows - row)), row * a_stride, a_stride, row * c_stride, c_stride, 0, 1});
   return plan;
 }
 
