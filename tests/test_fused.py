@@ -763,8 +763,9 @@ def test_instruction_sets_agree(dtype, monkeypatch):
         cast(dtype, inner_problem(filtered(), 0.1, 2), *conv_sets()),
     ]
     if dtype is torch.float64:  # in float32 a ReLU or a pooling may take the other side of a kink
-        calls.append((inner_problem(blocks(), 0.1, 2, loss="mse"), *block_sets(differentiable=True)))
-        calls.append((inner_problem(blocks(), 0.1, 2, loss="mse", adapt="9.*"), *block_sets()))
+        lr = 1e-3  # a step over 640 features diverges at 0.1 and multiplies every rounding
+        calls.append((inner_problem(blocks(), lr, 2, loss="mse"), *block_sets(differentiable=True)))
+        calls.append((inner_problem(blocks(), lr, 2, loss="mse", adapt="9.*"), *block_sets()))
     found = {}
     for isa in ("baseline", "avx2", "avx512"):
         monkeypatch.setenv("METAAUG_ISA", isa)
