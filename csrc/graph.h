@@ -77,6 +77,15 @@ struct Graph {
   std::vector<Shape> values;
   std::vector<Parameter> parameters;
   int output = 0;
+
+  // How many inputs of ops each value is.
+  std::vector<int> readers() const {
+    std::vector<int> result(values.size(), 0);
+    for (const Op& op : ops)
+      for (int input : op.input)
+        if (input >= 0) ++result[input];
+    return result;
+  }
 };
 
 }  // namespace metaaug

@@ -7,10 +7,7 @@
 namespace metaaug::METAAUG_ISA {
 
 inline Graph fuse(Graph graph) {
-  std::vector<int> readers(graph.values.size(), 0);
-  for (const Op& op : graph.ops)
-    for (int input : op.input)
-      if (input >= 0) ++readers[input];
+  const std::vector<int> readers = graph.readers();
   const auto follows = [&](const Op& op, const Op& norm) {
     return op.input[0] == norm.output && readers[norm.output] == 1 && norm.output != graph.output;
   };

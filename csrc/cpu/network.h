@@ -94,6 +94,7 @@ template <class T>
 struct Network {
   const Graph* graph;
   int images;
+  std::vector<int> readers;
   const Op* patches = nullptr;  // the first convolution, if the input is laid out as what its pixels read
   std::vector<Layout> values;
   std::vector<OpPlan<T>> ops;
@@ -120,7 +121,7 @@ struct Network {
 
   Network(const Graph& g, int images, const std::vector<char>& adapted, const std::vector<char>& wanted,
           bool wants_input, bool repeats)
-      : graph(&g), images(images), adapted(adapted), moves(g.values.size(), 0) {
+      : graph(&g), images(images), readers(g.readers()), adapted(adapted), moves(g.values.size(), 0) {
     std::vector<char> reaches(g.values.size(), 0);
     reaches[0] = wants_input;
     for (const Op& op : g.ops) {
@@ -156,9 +157,7 @@ struct Network {
   bool in_place(const Op& op) const {
     if (op.kind != OpKind::kRelu && !(op.kind == OpKind::kLeakyRelu && op.scalar[0] > 0)) return false;
     if (op.input[0] == 0 || op.input[0] == graph->output) return false;
-    int readers = 0;
-    for (const Op& other : graph->ops) readers += (other.input[0] == op.input[0]) + (other.input[1] == op.input[0]);
-    return readers == 1;
+    return readers[op.input[0]] == 1;
   }
 
   void find_still(bool repeats) {
@@ -191,16 +190,14 @@ struct Network {
   void lay_out_input(bool wants_input) {
     if (wants_input) return;
     const Op* only = nullptr;
-    int readers = 0;
     for (const Op& op : graph->ops) {
       if (op.input[0] != 0 && op.input[1] != 0) continue;
       if (op.kind != OpKind::kConv2d || narrow_matrix<T>(graph->parameters[op.param[0]])) return;
       only = &op;
-      ++readers;
     }
     Layout& input = values[0];
     input.stride = input.shape.channels;
-    if (readers != 1) return;
+    if (readers[0] != 1) return;
     const Shape& out = graph->values[only->output];
     const int taps = only->kernel.y * only->kernel.x, size = taps * input.shape.channels;
     if (taps == 1 || input.shape.channels >= Simd<T>::kWidth || size > out.channels) return;
@@ -253,11 +250,8 @@ struct Network {
     for (size_t i = 0; i + 1 < ops.size(); ++i) {
       const Op &conv = ops[i].op, &norm = ops[i + 1].op;
       const int v = conv.output;
-      int readers = 0;
-      for (const Op& op : graph->ops) readers += (op.input[0] == v) + (op.input[1] == v);
-      if (conv.kind != OpKind::kConv2d || norm.kind != OpKind::kBatchNorm || norm.input[0] != v || readers != 1)
-        continue;
-      if (v == graph->output || border[v]) continue;
+      if (conv.kind != OpKind::kConv2d || norm.kind != OpKind::kBatchNorm || norm.input[0] != v) continue;
+      if (readers[v] != 1 || v == graph->output || border[v]) continue;
       streamed[v] = !moves[conv.input[0]] && !outer[i].dx[0] && conv2d::takes_pictures(ops[i]);
       over_value[v] = !streamed[v] && !still_value[v];
     }

@@ -266,8 +266,7 @@ struct Executor<T>::Worker {
     finite(poison, to, k, "an adapted weight");
   }
 
-  // Calls body(rate of the vector at i) for step k; loops over locals, for a store through a vector may change a
-  // member.
+  // Calls body(rate of the vector at i) for step k. Bodies loop over locals: a vector's store may change a member.
   template <class Body>
   void with_rate(const RateView& rate, int k, int64_t first, const Body& body) const {
     const T* alpha = engine.rates_.data() + rate.offset + k * rate.row;

@@ -94,7 +94,7 @@ def take_turns(
     for _ in range(rounds):
         for name in tuple(running):
             try:
-                times = workers[name].ask(commands.one_round, ROUND_SECONDS, limit=ROUND_SECONDS + limit)
+                times = workers[name].ask(commands.one_round, ROUND_SECONDS, limit=commands.ROUND_AT_MOST + limit)
             except RivalError as error:
                 rows[name].fail(error)
                 running.remove(name)

@@ -28,7 +28,7 @@ from ..tasks import TaskBatch
 from .rivals import Build
 from .workloads import Workload
 
-ROUND_CALLS = 3
+ROUND_CALLS = 3  # at least, of calls that take longer than a round
 ROUND_AT_MOST = 4.0  # seconds of a round's calls, above which no other follows
 WARM_UP_BELOW = 10.0  # seconds of a first call, above which no other warms up
 

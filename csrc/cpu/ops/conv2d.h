@@ -87,67 +87,41 @@ void plan_winograd(OpPlan<T>& plan) {
   plan.scratch += std::max(plan.forward_tiles.scratch(), plan.input_gradient_tiles.scratch());
 }
 
+// What each pixel of the output reads: rows of pixels.
 template <class T>
-bool takes_pictures(const OpPlan<T>& plan) {
-  return !plan.winograd && !plan.narrow && plan.weight_gradient.images == plan.images;
-}
-
-template <class T>
-void plan(OpPlan<T>& plan) {
+std::vector<std::vector<Pixel>> output_pixels(const OpPlan<T>& plan) {
   const Op& op = plan.op;
   const Layout &in = plan.in[0], &out = plan.out;
-  const int inputs = in.shape.channels, outputs = out.shape.channels, taps = op.kernel.y * op.kernel.x;
-  plan.matrix = {int64_t{taps} * inputs, pad<T>(outputs)};
-  plan.transposed = {int64_t{taps} * outputs, pad<T>(inputs)};
-  if (plan.wants_dx) plan.scratch = 2 * plan.transposed.size();
-  const auto row = [&](int y, int ky) { return y * op.stride.y - op.padding.y + ky * op.dilation.y; };
-  const auto column = [&](int x, int kx) { return x * op.stride.x - op.padding.x + kx * op.dilation.x; };
-  const auto inside = [&](int y, int x) { return y >= 0 && y < in.shape.height && x >= 0 && x < in.shape.width; };
-
-  plan.weight_gradient = {std::vector<std::vector<PixelPair>>(taps), plan.images, in.sample(), out.sample()};
-  std::vector<std::vector<Pixel>> chains;
+  const int inputs = in.shape.channels;
+  std::vector<std::vector<Pixel>> chains(out.shape.height);
   for (int y = 0; y < out.shape.height; ++y) {
-    chains.emplace_back();
     for (int x = 0; x < out.shape.width; ++x) {
       Pixel pixel{(int64_t{y} * out.shape.width + x) * out.stride, {}};
-      for (int tap = 0; tap < taps; ++tap) {
-        const int iy = row(y, tap / op.kernel.x), ix = column(x, tap % op.kernel.x);
-        if (!inside(iy, ix)) continue;
-        const int64_t a = (int64_t{iy} * in.shape.width + ix) * in.stride;
-        plan.weight_gradient.taps[tap].push_back({a, pixel.c});
-        auto& segments = pixel.segments;
-        const bool joins = !segments.empty() && segments.back().a + segments.back().length == a &&
-                           segments.back().b_row + segments.back().length == tap * inputs;
-        if (joins)
-          segments.back().length += inputs;
-        else
-          segments.push_back({a, tap * inputs, inputs});
+      for (int tap = 0; tap < op.kernel.y * op.kernel.x; ++tap) {
+        const int iy = y * op.stride.y - op.padding.y + tap / op.kernel.x * op.dilation.y;
+        const int ix = x * op.stride.x - op.padding.x + tap % op.kernel.x * op.dilation.x;
+        if (iy < 0 || iy >= in.shape.height || ix < 0 || ix >= in.shape.width) continue;
+        pixel.segments.push_back({(int64_t{iy} * in.shape.width + ix) * in.stride, tap * inputs, inputs});
       }
-      chains.back().push_back(std::move(pixel));
+      chains[y].push_back(std::move(pixel));
     }
   }
-  const bool linear = taps == 1 && in.shape.pixels() == 1 && op.padding.y == 0 && op.padding.x == 0;
-  if (linear) {  // one loop, over the images
-    plan.keeps_transposed = plan.moves && !plan.narrow && plan.transposed.size() <= kFewWeights;
-    if (plan.keeps_transposed) plan.saved = plan.transposed.size();
-    plan.weight_gradient = {{{}}, 1, 0, 0};
-    for (int n = 0; n < plan.images; ++n) plan.weight_gradient.taps[0].push_back({n * in.sample(), n * out.sample()});
-  }
-  if (taps == 1 && op.stride.y == 1 && op.stride.x == 1 && op.padding.y == 0 && op.padding.x == 0) {
-    plan.forward = pointwise_plan(plan.rows(), inputs, in.stride, out.stride);
-    plan.input_gradient = pointwise_plan(plan.rows(), outputs, out.stride, in.stride);
-    return;
-  }
-  plan.forward = gather_plan(chains, plan.images, in.sample(), out.sample());
+  return chains;
+}
 
-  // The input gradient gathers over the output pixels that read an input pixel; inputs a stride apart read alike.
-  chains.clear();
+// What the gradient of each input pixel reads: the output pixels that read it; inputs a stride apart read alike.
+template <class T>
+std::vector<std::vector<Pixel>> input_pixels(const OpPlan<T>& plan) {
+  const Op& op = plan.op;
+  const Layout &in = plan.in[0], &out = plan.out;
+  const int outputs = out.shape.channels;
+  std::vector<std::vector<Pixel>> chains;
   for (int iy = 0; iy < in.shape.height; ++iy) {
     for (int phase = 0; phase < std::min(op.stride.x, in.shape.width); ++phase) {
       chains.emplace_back();
       for (int ix = phase; ix < in.shape.width; ix += op.stride.x) {
         Pixel pixel{(int64_t{iy} * in.shape.width + ix) * in.stride, {}};
-        for (int tap = 0; tap < taps; ++tap) {
+        for (int tap = 0; tap < op.kernel.y * op.kernel.x; ++tap) {
           const int oy = iy + op.padding.y - (tap / op.kernel.x) * op.dilation.y;
           const int ox = ix + op.padding.x - (tap % op.kernel.x) * op.dilation.x;
           if (oy < 0 || ox < 0 || oy % op.stride.y || ox % op.stride.x) continue;
@@ -159,7 +133,57 @@ void plan(OpPlan<T>& plan) {
       }
     }
   }
-  plan.input_gradient = gather_plan(chains, plan.images, out.sample(), in.sample());
+  return chains;
+}
+
+// Segments that follow each other in A and B become one.
+inline void join_segments(std::vector<std::vector<Pixel>>& chains) {
+  for (auto& chain : chains)
+    for (Pixel& pixel : chain) {
+      std::vector<Segment> joined;
+      for (const Segment& segment : pixel.segments) {
+        const Segment* last = joined.empty() ? nullptr : &joined.back();
+        if (last && last->a + last->length == segment.a && last->b_row + last->length == segment.b_row)
+          joined.back().length += segment.length;
+        else
+          joined.push_back(segment);
+      }
+      pixel.segments = std::move(joined);
+    }
+}
+
+template <class T>
+void plan(OpPlan<T>& plan) {
+  const Op& op = plan.op;
+  const Layout &in = plan.in[0], &out = plan.out;
+  const int inputs = in.shape.channels, outputs = out.shape.channels, taps = op.kernel.y * op.kernel.x;
+  plan.matrix = {int64_t{taps} * inputs, pad<T>(outputs)};
+  plan.transposed = {int64_t{taps} * outputs, pad<T>(inputs)};
+  if (plan.wants_dx) plan.scratch = 2 * plan.transposed.size();
+  const bool pointwise = taps == 1 && op.stride.y == 1 && op.stride.x == 1 && op.padding.y == 0 && op.padding.x == 0;
+  const bool linear = pointwise && in.shape.pixels() == 1;
+  if (linear) {
+    plan.keeps_transposed = plan.moves && !plan.narrow && plan.transposed.size() <= kFewWeights;
+    if (plan.keeps_transposed) plan.saved = plan.transposed.size();
+  }
+  if (pointwise) {
+    // One loop over the images of a linear layer, and over the pixels of each image otherwise.
+    const int pairs = linear ? plan.images : in.shape.pixels();
+    plan.weight_gradient = {{{}}, linear ? 1 : plan.images, in.sample(), out.sample()};
+    for (int i = 0; i < pairs; ++i) plan.weight_gradient.taps[0].push_back({i * in.stride, i * out.stride});
+    plan.forward = pointwise_plan(plan.rows(), inputs, in.stride, out.stride);
+    plan.input_gradient = pointwise_plan(plan.rows(), outputs, out.stride, in.stride);
+    return;
+  }
+  std::vector<std::vector<Pixel>> chains = output_pixels(plan);
+  plan.weight_gradient = {std::vector<std::vector<PixelPair>>(taps), plan.images, in.sample(), out.sample()};
+  for (const auto& chain : chains)
+    for (const Pixel& pixel : chain)
+      for (const Segment& read : pixel.segments)
+        plan.weight_gradient.taps[read.b_row / inputs].push_back({read.a, pixel.c});
+  join_segments(chains);
+  plan.forward = gather_plan(chains, plan.images, in.sample(), out.sample());
+  plan.input_gradient = gather_plan(input_pixels(plan), plan.images, out.sample(), in.sample());
   plan_winograd(plan);
 }
 
@@ -229,6 +253,12 @@ void backward(const OpCall<T>& call) {
     weight_gradient(call, &product, 1, call.dp[0]);
   }
   if (call.dp[1]) add_column_sums(call.dy, plan.rows(), plan.out.stride, call.dp[1]);
+}
+
+// Whether the weight gradient may be summed picture by picture, by take_picture.
+template <class T>
+bool takes_pictures(const OpPlan<T>& plan) {
+  return !plan.winograd && !plan.narrow && plan.weight_gradient.images == plan.images;
 }
 
 // The parameters' share of one picture, whose output adjoint is all that lies in dy.
