@@ -78,20 +78,20 @@ PYBIND11_MODULE(_C, m) {
         return Graph{std::move(ops), std::move(values), std::move(parameters), output};
       }));
 
-  py::class_<cpu::Settings>(m, "Settings")
+  py::class_<Settings>(m, "Settings")
       .def(py::init<>())
-      .def_readwrite("steps", &cpu::Settings::steps)
-      .def_readwrite("first_step", &cpu::Settings::first_step)
-      .def_readwrite("loss", &cpu::Settings::loss)
-      .def_readwrite("optimizer", &cpu::Settings::optimizer)
-      .def_readwrite("first_order", &cpu::Settings::first_order)
-      .def_readwrite("label_smoothing", &cpu::Settings::label_smoothing)
-      .def_readwrite("momentum", &cpu::Settings::momentum)
-      .def_readwrite("weight_decay", &cpu::Settings::weight_decay)
-      .def_readwrite("beta1", &cpu::Settings::beta1)
-      .def_readwrite("beta2", &cpu::Settings::beta2)
-      .def_readwrite("eps", &cpu::Settings::eps)
-      .def_readwrite("seed", &cpu::Settings::seed);
+      .def_readwrite("steps", &Settings::steps)
+      .def_readwrite("first_step", &Settings::first_step)
+      .def_readwrite("loss", &Settings::loss)
+      .def_readwrite("optimizer", &Settings::optimizer)
+      .def_readwrite("first_order", &Settings::first_order)
+      .def_readwrite("label_smoothing", &Settings::label_smoothing)
+      .def_readwrite("momentum", &Settings::momentum)
+      .def_readwrite("weight_decay", &Settings::weight_decay)
+      .def_readwrite("beta1", &Settings::beta1)
+      .def_readwrite("beta2", &Settings::beta2)
+      .def_readwrite("eps", &Settings::eps)
+      .def_readwrite("seed", &Settings::seed);
   py::class_<Inputs>(m, "Inputs")
       .def(py::init<>())
       .def_readwrite("parameters", &Inputs::parameters)
@@ -113,7 +113,7 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<FusedEngine>(m, "FusedEngine")
       .def(py::init<Graph>())
-      .def("run", [](FusedEngine& engine, const cpu::Settings& settings, const Inputs& inputs,
+      .def("run", [](FusedEngine& engine, const Settings& settings, const Inputs& inputs,
                      const std::vector<std::string>& outputs) {
         bool interrupted = false;
         const auto poll = [&] {

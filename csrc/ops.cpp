@@ -82,7 +82,7 @@ cpu::Engine<double>& FusedEngine::engine<double>() {
 }
 
 template <class T>
-std::map<std::string, at::Tensor> FusedEngine::run_cpu(const cpu::Settings& settings, const Inputs& in,
+std::map<std::string, at::Tensor> FusedEngine::run_cpu(const Settings& settings, const Inputs& in,
                                                        const std::vector<std::string>& outputs,
                                                        const std::function<bool()>& poll) {
   const at::ScalarType dtype = at::CppTypeToScalarType<T>::value;
@@ -93,11 +93,11 @@ std::map<std::string, at::Tensor> FusedEngine::run_cpu(const cpu::Settings& sett
   const at::Tensor& first = in.support_x ? *in.support_x : *in.query_x;
   const int64_t tasks = first.size(0);
 
-  cpu::Call<T> call;
+  Call<T> call;
   call.settings = settings;
   call.tasks = int(tasks);
   const auto samples = [&](const OptionalTensor& x, const OptionalTensor& y, const char* name) {
-    cpu::Samples<T> s;
+    Samples<T> s;
     if (!x) return s;
     s.count = int(x->size(1));
     TORCH_CHECK_VALUE(x->size(0) == tasks && x->numel() == tasks * s.count * sample, name, "_x must be [", tasks,
@@ -133,7 +133,7 @@ std::map<std::string, at::Tensor> FusedEngine::run_cpu(const cpu::Settings& sett
                         in.parameters[p].numel(), ")");
       call.parameters.push_back(pointers.read<T>(in.parameters[p], "parameters"));
     }
-    cpu::Rate<T> rate;
+    Rate<T> rate;
     if (in.rates[p]) {
       const int64_t steps = in.per_step[p] ? settings.steps : 1, values = in.rates[p]->numel();
       TORCH_CHECK_VALUE(values == steps || values == steps * size, "the rate of parameter ", p, " must have ", steps,
@@ -175,7 +175,7 @@ std::map<std::string, at::Tensor> FusedEngine::run_cpu(const cpu::Settings& sett
   like("grad_query_y", call.grad_query_y, in.query_y);
 
   std::atomic<bool> interrupted{false};
-  const cpu::NonFinite failure = engine<T>().run(call, on_all_threads(poll, interrupted));
+  const NonFinite failure = engine<T>().run(call, on_all_threads(poll, interrupted));
   if (interrupted) return {};
   if (loss) *loss = std::accumulate(call.task_losses, call.task_losses + tasks, T(0)) / T(tasks);
   if (failure.task >= 0) {
@@ -188,7 +188,7 @@ std::map<std::string, at::Tensor> FusedEngine::run_cpu(const cpu::Settings& sett
   return result;
 }
 
-std::map<std::string, at::Tensor> FusedEngine::run(const cpu::Settings& settings, const Inputs& inputs,
+std::map<std::string, at::Tensor> FusedEngine::run(const Settings& settings, const Inputs& inputs,
                                                    const std::vector<std::string>& outputs,
                                                    const std::function<bool()>& poll) {
   TORCH_CHECK_VALUE(inputs.support_x || inputs.query_x, "a call needs support_x or query_x");

@@ -12,7 +12,7 @@ namespace metaaug {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// Tensors of one call, as in cpu::Call; `y` is int64 class ids or floating-point targets.
+// Tensors of one call, as in Call; `y` is int64 class ids or floating-point targets.
 struct Inputs {
   std::vector<at::Tensor> parameters;  // one for each of the graph's; empty with `initial`
   std::vector<at::Tensor> buffers;
@@ -27,16 +27,16 @@ class FusedEngine {
  public:
   explicit FusedEngine(Graph graph) : graph_(std::move(graph)) { cpu::check(graph_); }
 
-  // Computes the outputs named in `outputs`: those of cpu::Call, and `loss`, the mean of `task_losses`. `poll` is
+  // Computes the outputs named in `outputs`: those of Call, and `loss`, the mean of `task_losses`. `poll` is
   // called between tasks on the calling thread; true stops the run.
-  std::map<std::string, at::Tensor> run(const cpu::Settings& settings, const Inputs& inputs,
+  std::map<std::string, at::Tensor> run(const Settings& settings, const Inputs& inputs,
                                         const std::vector<std::string>& outputs, const std::function<bool()>& poll);
 
  private:
   template <class T>
   cpu::Engine<T>& engine();
   template <class T>
-  std::map<std::string, at::Tensor> run_cpu(const cpu::Settings& settings, const Inputs& inputs,
+  std::map<std::string, at::Tensor> run_cpu(const Settings& settings, const Inputs& inputs,
                                             const std::vector<std::string>& outputs, const std::function<bool()>& poll);
 
   Graph graph_;

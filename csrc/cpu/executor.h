@@ -23,10 +23,7 @@
 
 namespace metaaug::METAAUG_ISA {
 
-using cpu::Call;
-using cpu::NonFinite;
 using cpu::Parallel;
-using cpu::Samples;
 
 template <class T>
 class Executor final : public cpu::Engine<T> {

@@ -75,11 +75,6 @@ OpFunctions<T> functions(const Op& op) {
   return {};
 }
 
-// What a backward pass computes at one op.
-struct Wants {
-  bool active = false, dx[2] = {false, false}, accumulate[2] = {false, false}, dp[2] = {false, false};
-};
-
 // Buffers of one pass. `values` and `saved` hold a step's activations, `adjoints` their gradients; a Hessian-vector
 // product has the same three for tangents. Adjoints that nobody reads after the pass share memory: `passing`, or those
 // alone that no such product reads, `unread`.
@@ -91,10 +86,9 @@ struct Frame {
 };
 
 template <class T>
-struct Network {
+struct Network : Flow {
   const Graph* graph;
   int images;
-  std::vector<int> readers;
   const Op* patches = nullptr;  // the first convolution, if the input is laid out as what its pixels read
   std::vector<Layout> values;
   std::vector<OpPlan<T>> ops;
@@ -108,32 +102,15 @@ struct Network {
   std::vector<char> streamed;
   // Others between a convolution and its batch norm: in a frame whose values pass too, the adjoint takes their place.
   std::vector<char> over_value;
-  std::vector<char> adapted;  // parameters that move in the inner loop
-  std::vector<char> moves;    // values that depend on one of them
-  // Ops in front of everything that adapts (ANIL's body), where all steps of a task see the same samples: their values
-  // and what they save are computed once, and adjoints that leave the others for them are summed over steps.
-  std::vector<char> still;
-  std::vector<char> still_value, border;  // written by a still op; and read by another
-  std::vector<int64_t> carried_at;        // of the border's adjoints
+  std::vector<int64_t> carried_at;  // of the border's adjoints
   int64_t still_size = 0, carried_size = 0;
-  std::vector<Wants> inner, outer;  // towards adapted parameters; towards all wanted ones, and maybe the input
   LossPlan<T> loss;
 
   Network(const Graph& g, int images, const std::vector<char>& adapted, const std::vector<char>& wanted,
           bool wants_input, bool repeats)
-      : graph(&g), images(images), readers(g.readers()), adapted(adapted), moves(g.values.size(), 0) {
-    std::vector<char> reaches(g.values.size(), 0);
-    reaches[0] = wants_input;
-    for (const Op& op : g.ops) {
-      for (int i = 0; i < 2; ++i) {
-        if (op.input[i] >= 0) moves[op.output] |= moves[op.input[i]], reaches[op.output] |= reaches[op.input[i]];
-        if (op.param[i] >= 0) moves[op.output] |= adapted[op.param[i]], reaches[op.output] |= wanted[op.param[i]];
-      }
-    }
-    find_still(repeats && !wants_input);
-    lay_out(wants_input, reaches);
-    inner = wants(moves, adapted);
-    outer = wants(reaches, wanted);
+      : Flow(g, adapted, wanted, wants_input, repeats), graph(&g), images(images) {
+    find_border();
+    lay_out(wants_input);
     find_places_of_adjoints();
     lay_out_adjoints();
     lay_out_passing_adjoints();
@@ -160,24 +137,8 @@ struct Network {
     return readers[op.input[0]] == 1;
   }
 
-  void find_still(bool repeats) {
-    still.assign(graph->ops.size(), 0);
-    still_value.assign(graph->values.size(), 0);
-    border.assign(graph->values.size(), 0);
+  void find_border() {
     carried_at.assign(graph->values.size(), -1);
-    still_value[0] = repeats;
-    for (size_t i = 0; i < graph->ops.size(); ++i) {
-      const Op& op = graph->ops[i];
-      bool same = !moves[op.output] && op.kind != OpKind::kDropout && op.output != graph->output;
-      for (int j = 0; j < 2; ++j) {
-        if (op.input[j] >= 0) same &= still_value[op.input[j]];
-        if (op.param[j] >= 0) same &= graph->parameters[op.param[j]].rows == 1;
-      }
-      still[i] = still_value[op.output] = same;
-    }
-    for (size_t i = 0; i < graph->ops.size(); ++i)
-      for (int input : graph->ops[i].input)
-        if (input > 0 && !still[i]) border[input] = still_value[input];
     for (size_t v = 1; v < border.size(); ++v)
       if (border[v]) {
         carried_at[v] = carried_size;
@@ -205,7 +166,7 @@ struct Network {
     input = {{size, out.height, out.width}, size};
   }
 
-  void lay_out(bool wants_input, const std::vector<char>& reaches) {
+  void lay_out(bool wants_input) {
     const auto& ops_in = graph->ops;
     for (const Shape& shape : graph->values) values.push_back({shape, pad<T>(shape.channels)});
     lay_out_input(wants_input);
@@ -315,24 +276,6 @@ struct Network {
       const int64_t at = passing_at[op.output];
       live.erase(std::find_if(live.begin(), live.end(), [&](const Block& block) { return block.at == at; }));
     }
-  }
-
-  std::vector<Wants> wants(const std::vector<char>& values_wanted, const std::vector<char>& params_wanted) const {
-    std::vector<Wants> result(ops.size());
-    std::vector<char> written = border;
-    for (size_t i = ops.size(); i-- > 0;) {
-      const Op& op = ops[i].op;
-      Wants& w = result[i];
-      w.active = values_wanted[op.output];
-      for (int j = 0; w.active && j < 2; ++j) {
-        w.dp[j] = op.param[j] >= 0 && params_wanted[op.param[j]] && !(j == 1 && op.idle_bias);
-        if (op.input[j] < 0 || !values_wanted[op.input[j]]) continue;
-        w.dx[j] = true;
-        w.accumulate[j] = written[op.input[j]];
-        written[op.input[j]] = 1;
-      }
-    }
-    return result;
   }
 };
 

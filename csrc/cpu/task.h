@@ -8,7 +8,6 @@ namespace metaaug::METAAUG_ISA {
 template <class T>
 struct Executor<T>::Worker {
   using Pass = typename Passes<T>::Pass;
-  using Settings = cpu::Settings;
 
   const Executor& engine;
   const Call<T>& call;

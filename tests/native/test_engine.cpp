@@ -238,13 +238,13 @@ Builder residual() {
 // A call's settings, and its inputs by name as numbers in double precision.
 struct Problem {
   Graph graph;
-  cpu::Settings settings;
+  Settings settings;
   int tasks = 0, supports = 0, queries = 0, batch = 0;
   std::map<std::string, Vector> inputs;
   std::vector<int64_t> support_ids, query_ids, rows;
   Vector buffers;
   std::vector<int> buffer_at;
-  std::vector<cpu::Rate<double>> rates;  // data is not used
+  std::vector<Rate<double>> rates;  // data is not used
   std::vector<char> moves, wanted;
   bool adapt_only = false;  // theta_K and an adjoint of it, instead of a query
 
@@ -324,13 +324,13 @@ using Values = std::map<std::string, std::vector<T>>;
 // Every output of a call by name; gradients have the names of the inputs. Without `reverse` the losses alone.
 template <class T>
 Values<T> run(const Problem& p, cpu::Engine<T>& engine, int workers = 1, bool reverse = true,
-              cpu::NonFinite* expected = nullptr) {
-  const cpu::Settings& s = p.settings;
+              NonFinite* expected = nullptr) {
+  const Settings& s = p.settings;
   Values<T> in, out;
   for (const auto& [name, values] : p.inputs) in[name].assign(values.begin(), values.end());
   const auto given = [&](const char* name) { return p.has(name) ? in[name].data() : nullptr; };
   const auto asked = [&](const char* name, int64_t size) { return out[name].assign(size, T(0)), out[name].data(); };
-  cpu::Call<T> call;
+  Call<T> call;
   call.settings = s;
   call.tasks = p.tasks;
   call.initial = given("initial");
@@ -369,14 +369,14 @@ Values<T> run(const Problem& p, cpu::Engine<T>& engine, int workers = 1, bool re
       call.grad_initial = asked("initial", p.tasks * flat);
     else
       call.grad_parameters = asked("parameters", flat);
-    const std::pair<const char*, T * cpu::Call<T>::*> gradients[] = {
-        {"rates", &cpu::Call<T>::grad_rates},         {"support_x", &cpu::Call<T>::grad_support_x},
-        {"support_y", &cpu::Call<T>::grad_support_y}, {"support_weight", &cpu::Call<T>::grad_support_weight},
-        {"query_x", &cpu::Call<T>::grad_query_x},     {"query_y", &cpu::Call<T>::grad_query_y}};
+    const std::pair<const char*, T * Call<T>::*> gradients[] = {
+        {"rates", &Call<T>::grad_rates},         {"support_x", &Call<T>::grad_support_x},
+        {"support_y", &Call<T>::grad_support_y}, {"support_weight", &Call<T>::grad_support_weight},
+        {"query_x", &Call<T>::grad_query_x},     {"query_y", &Call<T>::grad_query_y}};
     for (const auto& [name, target] : gradients)
       if (p.has(name)) call.*target = asked(name, in[name].size());
   }
-  const cpu::NonFinite failure = engine.run(call, on_threads(workers));
+  const NonFinite failure = engine.run(call, on_threads(workers));
   if (expected) return *expected = failure, out;
   CHECK(failure.task < 0, "task %d, step %d: %s is %g", failure.task, failure.step, failure.what, failure.value);
   if (reverse && call.step_weights) {
@@ -499,7 +499,7 @@ void check_failure(Problem p) {
   Vector& x = p.inputs["query_x"];
   const Vector good = x;
   std::fill(x.end() - p.graph.values[0].size(), x.end(), std::numeric_limits<double>::quiet_NaN());
-  cpu::NonFinite failure;
+  NonFinite failure;
   run(p, *engine, 2, true, &failure);
   CHECK(failure.task == p.tasks - 1 && failure.query, "task %d, step %d: %s", failure.task, failure.step, failure.what);
   x = good;

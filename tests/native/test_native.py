@@ -60,7 +60,7 @@ def test_engine(tmp_path):
     """Every op, loss and option on random graphs; the program prints its seed."""
     widest = ENGINE / "isa" / "avx512.cpp" if _C.instruction_set() == "avx512" else HERE / "wide.cpp"
     sources = [widest, ENGINE / "isa" / "avx2.cpp", ENGINE / "isa" / "baseline.cpp", HERE / "test_engine.cpp"]
-    target = program("test_engine", [*sources, *ENGINE.glob("*.cpp")], "address,undefined", tmp_path)
+    target = program("test_engine", [*sources, ENGINE.parent / "flow.cpp", *ENGINE.glob("*.cpp")], "address,undefined", tmp_path)
     assert "12 graphs" in run(target, timeout=600)
 
 

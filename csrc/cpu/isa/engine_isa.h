@@ -1,6 +1,6 @@
 // Included by one translation unit per instruction set, which has set METAAUG_ISA, METAAUG_VECTOR_BYTES and, where
-// the compiler needs it, opened a target region. Standard headers come before that region: what they define inline is
-// shared with every other translation unit and must stay baseline code.
+// the compiler needs it, opened a target region. What standard.h includes comes before that region: what is inline
+// there is shared with every other translation unit and must stay baseline code.
 #include "../executor.h"
 
 namespace metaaug::METAAUG_ISA {

@@ -1,4 +1,4 @@
-// Every standard header that the engine uses; see engine_isa.h for why they come first.
+// Every header whose inline functions other translation units share; see engine_isa.h for why they come first.
 #pragma once
 
 #include <sys/mman.h>
@@ -20,3 +20,6 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+#include "../../flow.h"
+#include "../engine.h"
