@@ -8,7 +8,7 @@ TORCH  ?= torch==2.13.0
 
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-NATIVE  := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+NATIVE  := $(shell find csrc tests -name "*.cpp" -o -name "*.h" -o -name "*.cu")
 CUDA    := $(filter %.cu,$(NATIVE))
 SOURCES := $(wildcard setup.py pyproject.toml) $(filter csrc/%,$(NATIVE))
 
@@ -59,10 +59,14 @@ lint: install
 ifneq ($(NATIVE),)
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
 endif
-ifneq ($(CUDA),)
 	@command -v nvcc >/dev/null || echo "no nvcc: the CUDA sources are not compiled here"
-	@! command -v nvcc >/dev/null || for source in $(CUDA); do nvcc -c -Icsrc -o /dev/null $$source || exit 1; done
-endif
+	@! command -v nvcc >/dev/null || $(MAKE) --no-print-directory $(CUDA:%.cu=build/%.o)
+
+# Without torch and without a GPU.
+build/%.o: %.cu $(filter csrc/%.h,$(NATIVE))
+	@echo "compiling $<"
+	@mkdir -p $(@D)
+	@nvcc -std=c++17 -c -Icsrc --threads 2 --Werror all-warnings -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=sm_90 -o $@ $<
 
 test: lint
 	$(BIN)/python -m pytest -q

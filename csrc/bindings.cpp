@@ -18,7 +18,7 @@ PYBIND11_MODULE(_C, m) {
     }
   });
 
-  py::enum_<OpKind>(m, "OpKind")
+  py::enum_<OpKind>(m, "OpKind", py::module_local())
       .value("conv2d", OpKind::kConv2d)
       .value("batch_norm", OpKind::kBatchNorm)
       .value("layer_norm", OpKind::kLayerNorm)
@@ -36,19 +36,21 @@ PYBIND11_MODULE(_C, m) {
       .value("flatten", OpKind::kFlatten)
       .value("add", OpKind::kAdd)
       .value("dropout", OpKind::kDropout);
-  py::enum_<LossKind>(m, "LossKind")
+  py::enum_<LossKind>(m, "LossKind", py::module_local())
       .value("cross_entropy", LossKind::kCrossEntropy)
       .value("mse", LossKind::kMse)
       .value("bce", LossKind::kBce);
-  py::enum_<OptimizerKind>(m, "OptimizerKind").value("sgd", OptimizerKind::kSgd).value("adam", OptimizerKind::kAdam);
-  py::enum_<LayoutKind>(m, "LayoutKind")
+  py::enum_<OptimizerKind>(m, "OptimizerKind", py::module_local())
+      .value("sgd", OptimizerKind::kSgd)
+      .value("adam", OptimizerKind::kAdam);
+  py::enum_<LayoutKind>(m, "LayoutKind", py::module_local())
       .value("matrix", LayoutKind::kMatrix)
       .value("vector", LayoutKind::kVector)
       .value("picture", LayoutKind::kPicture);
 
-  py::class_<Pair>(m, "Pair").def(py::init([](int y, int x) { return Pair{y, x}; }));
-  py::class_<Shape>(m, "Shape").def(py::init([](int c, int h, int w) { return Shape{c, h, w}; }));
-  py::class_<Op>(m, "Op")
+  py::class_<Pair>(m, "Pair", py::module_local()).def(py::init([](int y, int x) { return Pair{y, x}; }));
+  py::class_<Shape>(m, "Shape", py::module_local()).def(py::init([](int c, int h, int w) { return Shape{c, h, w}; }));
+  py::class_<Op>(m, "Op", py::module_local())
       .def(py::init<>())
       .def_readwrite("kind", &Op::kind)
       .def_readwrite("output", &Op::output)
@@ -68,17 +70,17 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("site", &Op::site)
       .def_readwrite("count_padding", &Op::count_padding)
       .def_readwrite("eps", &Op::eps);
-  py::class_<Parameter>(m, "Parameter")
+  py::class_<Parameter>(m, "Parameter", py::module_local())
       .def(py::init([](LayoutKind layout, int rows, int outputs, int inputs, Pair kernel) {
              return Parameter{layout, rows, outputs, inputs, kernel};
            }),
            py::arg("layout"), py::arg("rows"), py::arg("outputs"), py::arg("inputs") = 1, py::arg("kernel") = Pair{});
-  py::class_<Graph>(m, "Graph")
+  py::class_<Graph>(m, "Graph", py::module_local())
       .def(py::init([](std::vector<Op> ops, std::vector<Shape> values, std::vector<Parameter> parameters, int output) {
         return Graph{std::move(ops), std::move(values), std::move(parameters), output};
       }));
 
-  py::class_<Settings>(m, "Settings")
+  py::class_<Settings>(m, "Settings", py::module_local())
       .def(py::init<>())
       .def_readwrite("steps", &Settings::steps)
       .def_readwrite("first_step", &Settings::first_step)
@@ -92,7 +94,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("beta2", &Settings::beta2)
       .def_readwrite("eps", &Settings::eps)
       .def_readwrite("seed", &Settings::seed);
-  py::class_<Inputs>(m, "Inputs")
+  py::class_<Inputs>(m, "Inputs", py::module_local())
       .def(py::init<>())
       .def_readwrite("parameters", &Inputs::parameters)
       .def_readwrite("buffers", &Inputs::buffers)
@@ -111,7 +113,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("flat_adjoint", &Inputs::flat_adjoint)
       .def_readwrite("prediction_adjoint", &Inputs::prediction_adjoint);
 
-  py::class_<FusedEngine>(m, "FusedEngine")
+  py::class_<FusedEngine>(m, "FusedEngine", py::module_local())
       .def(py::init<Graph>())
       .def("run", [](FusedEngine& engine, const Settings& settings, const Inputs& inputs,
                      const std::vector<std::string>& outputs) {

@@ -85,4 +85,8 @@ struct NonFinite {
   double value = 0;
 };
 
+// How much of the steps' activations to keep for the reverse sweep, over all tasks at work; at least one step's are
+// kept. 256 MiB, or what METAAUG_KEEP_MIB asks for.
+int64_t kept_bytes();
+
 }  // namespace metaaug

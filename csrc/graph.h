@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "host_device.h"
+
 namespace metaaug {
 
 enum class OpKind {
@@ -33,8 +35,8 @@ enum class OptimizerKind { kSgd, kAdam };
 // A value per sample; a flat feature vector is a 1x1 picture.
 struct Shape {
   int channels = 0, height = 1, width = 1;
-  int pixels() const { return height * width; }
-  int64_t size() const { return int64_t{channels} * pixels(); }
+  METAAUG_HD int pixels() const { return height * width; }
+  METAAUG_HD int64_t size() const { return int64_t{channels} * pixels(); }
 };
 
 struct Pair {

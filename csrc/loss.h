@@ -70,7 +70,7 @@ struct LossPlan {
         slope = T(2) * (z[c] - t);
         target_slope = -slope;
       } else {
-        loss += (z[c] < T(0) ? T(0) : z[c]) - z[c] * t + std::log1p(std::exp(z[c] < T(0) ? z[c] : -z[c]));
+        loss += (z[c] < T(0) ? T(0) : z[c]) - z[c] * t + metaaug::log1p(std::exp(z[c] < T(0) ? z[c] : -z[c]));
         slope = sigmoid(z[c]) - t;
         target_slope = -z[c];
       }

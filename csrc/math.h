@@ -4,13 +4,29 @@
 #include <cmath>
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define METAAUG_HD __host__ __device__ __forceinline__
-#else
-#define METAAUG_HD inline __attribute__((always_inline))
-#endif
+#include "host_device.h"
 
 namespace metaaug {
+
+// Of the standard library's these two are the host's alone.
+#if defined(__CUDA_ARCH__)
+template <class T>
+METAAUG_HD T log1p(T x) {
+  return ::log1p(x);
+}
+template <class T>
+METAAUG_HD T erfc(T x) {
+  return ::erfc(x);
+}
+#else
+using std::erfc;
+using std::log1p;
+#endif
+
+template <class T>
+METAAUG_HD bool is_finite(T x) {
+  return x - x == T(0);
+}
 
 // Every activation gives value(x), first(x), second(x); NaN passes through.
 template <class T>
@@ -65,7 +81,7 @@ struct Tanh {
 template <class T>
 struct Softplus {
   T beta, threshold;
-  METAAUG_HD T value(T x) const { return beta * x > threshold ? x : std::log1p(std::exp(beta * x)) / beta; }
+  METAAUG_HD T value(T x) const { return beta * x > threshold ? x : metaaug::log1p(std::exp(beta * x)) / beta; }
   METAAUG_HD T first(T x) const { return beta * x > threshold ? T(1) : sigmoid(beta * x); }
   METAAUG_HD T second(T x) const {
     const T s = sigmoid(beta * x);
@@ -77,7 +93,7 @@ struct Softplus {
 template <class T>
 struct Gelu {
   METAAUG_HD static T density(T x) { return T(0.3989422804014326779) * std::exp(T(-0.5) * x * x); }
-  METAAUG_HD static T normal(T x) { return T(0.5) * std::erfc(T(-0.7071067811865475244) * x); }
+  METAAUG_HD static T normal(T x) { return T(0.5) * metaaug::erfc(T(-0.7071067811865475244) * x); }
   METAAUG_HD T value(T x) const { return x * normal(x); }
   METAAUG_HD T first(T x) const { return normal(x) + x * density(x); }
   METAAUG_HD T second(T x) const { return density(x) * (T(2) - x * x); }

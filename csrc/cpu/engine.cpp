@@ -67,18 +67,6 @@ std::string instruction_set() {
   return "baseline";
 }
 
-int64_t kept_bytes() {
-  long long mib = 256;
-  if (const char* asked = std::getenv("METAAUG_KEEP_MIB")) {
-    char* end = nullptr;
-    mib = std::strtoll(asked, &end, 10);
-    if (end == asked || *end || mib < 0 || mib > (1 << 24))
-      throw std::invalid_argument("METAAUG_KEEP_MIB must be a number of MiB, 0 to 16777216 (got " + std::string(asked) +
-                                  ")");
-  }
-  return int64_t{mib} << 20;
-}
-
 template <class T>
 std::unique_ptr<Engine<T>> make_engine(const Graph& graph) {
   const std::string isa = instruction_set();

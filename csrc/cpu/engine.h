@@ -34,8 +34,4 @@ std::unique_ptr<Engine<T>> make_engine(const Graph& graph);
 // "avx512", "avx2" or "baseline": the widest that the processor has, or what METAAUG_ISA asks for.
 std::string instruction_set();
 
-// How much of the steps' activations to keep for the reverse sweep, over all workers; at least one step's are kept.
-// 256 MiB, or what METAAUG_KEEP_MIB asks for.
-int64_t kept_bytes();
-
 }  // namespace metaaug::cpu

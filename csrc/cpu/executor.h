@@ -31,8 +31,7 @@ class Executor final : public cpu::Engine<T> {
   using Vector = typename S::Vector;
 
  public:
-  explicit Executor(const Graph& graph)
-      : graph_(fuse(graph)), packing_(graph.parameters), kept_bytes_(cpu::kept_bytes()) {}
+  explicit Executor(const Graph& graph) : graph_(fuse(graph)), packing_(graph.parameters), kept_bytes_(kept_bytes()) {}
 
   NonFinite run(const Call<T>& call, const Parallel& parallel) override {
     const std::lock_guard<std::mutex> lock(mutex_);

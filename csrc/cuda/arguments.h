@@ -1,0 +1,89 @@
+// What a kernel is given: a call's settings and pointers, the planned networks, and where each buffer of a task lies.
+#pragma once
+
+#include "../call.h"
+#include "../loss.h"
+#include "program.h"
+
+namespace metaaug::cuda {
+
+// Kernel arguments have 4 KiB, so a model has at most so many parameters and frozen buffers.
+inline constexpr int kMostParameters = 96;
+inline constexpr int kMostBuffers = 128;
+
+// A buffer of a task: in the block's shared memory or in its part of the workspace, so many elements from the start.
+struct Region {
+  int64_t at = -1;
+  bool shared = false;
+};
+
+struct Regions {
+  Region sums;        // of block_sum
+  Region path;        // theta_0, and theta_k after each step or after the last alone
+  Region gradient;    // of a step; then the adjoint
+  Region tangent;     // the direction of a Hessian-vector product
+  Region directions;  // m_k of all steps or the last; Adam's first moment
+  Region second;      // Adam's second moment
+  Region carry;       // momentum's adjoint
+  Region input, still, carried;
+  Region slots;      // frames of the kept steps, one behind the other
+  Region tangents;   // the tangent's frame; at other times the query's
+  int64_t slot = 0;  // elements of one frame
+  int slots_kept = 0;
+};
+
+// The first thing that was not finite in a task.
+struct Failure {
+  enum What { kNothing, kLoss, kWeight, kMetaGradient };
+  int what, step, query;
+  double value;
+};
+
+template <class T>
+struct Arguments {
+  Program support, query;
+  bool has_support, has_query, reverse, keep_path, keep_directions, remembers;
+  int tasks, first_task, all_tasks;
+
+  // As in Call.
+  int steps, first_step;
+  LossKind loss;
+  OptimizerKind optimizer;
+  bool first_order;
+  double label_smoothing, momentum, weight_decay, beta1, beta2, eps;
+  uint32_t seed;
+
+  // Of each parameter: the user's tensor, its place in theta, and its rate.
+  int parameters;
+  int64_t flat;                // parameters' elements
+  int64_t rates;               // rates' elements
+  const int64_t* offsets;      // [parameters + 1] in theta
+  const int64_t* rate_offset;  // [parameters] in the gradient of all rates, -1 where a parameter does not move
+  const T* parameter[kMostParameters];
+  const T* rate[kMostParameters];
+  unsigned char rate_form[kMostParameters];  // kPerStep and kPerElement
+  const T* frozen[kMostBuffers];
+
+  const T *support_x, *support_y, *support_weight, *initial, *query_x, *query_y;
+  const int64_t *support_ids, *rows, *query_ids;
+  int supports, queries, batch;
+  const T *step_weights, *task_weights, *flat_adjoint, *prediction_adjoint;
+  T *out_flat, *task_losses, *step_losses, *accuracy, *predictions, *statistics, *grad_initial;
+  T *grad_support_x, *grad_support_y, *grad_support_weight, *grad_query_x, *grad_query_y;
+  T* rows_out;       // [tasks, sums]: what is summed over tasks, a row each
+  int64_t row_size;  // its elements: of parameters or displacements, then of rates
+  bool sums_gradient, sums_displacement, sums_rates;
+  int64_t norm_channels;
+
+  Regions regions;
+  T* workspace;
+  int64_t workspace_size;  // elements of a block
+  Failure* failures;       // [tasks]
+  volatile int* failed;    // set if there is one
+};
+
+inline constexpr unsigned char kPerStep = 1, kPerElement = 2;
+
+static_assert(sizeof(Arguments<double>) <= 4096, "beyond what a kernel may be given");
+
+}  // namespace metaaug::cuda

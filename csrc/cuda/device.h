@@ -1,0 +1,119 @@
+// The host's side of a GPU: memory, copies, launches. Without nvcc, that of tests/native/emulation.h.
+#pragma once
+
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "block.h"
+
+namespace metaaug::cuda {
+
+#if defined(__CUDACC__)
+inline void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+
+struct Limits {
+  int multiprocessors = 0, threads = 256;
+  int64_t shared_bytes = 0, shared_bytes_of_all = 0;  // of a block; of a multiprocessor
+
+  static Limits of_current_device() {
+    int device = 0, values[3] = {};
+    check(cudaGetDevice(&device));
+    check(cudaDeviceGetAttribute(&values[0], cudaDevAttrMultiProcessorCount, device));
+    check(cudaDeviceGetAttribute(&values[1], cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    check(cudaDeviceGetAttribute(&values[2], cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
+    return {values[0], 256, values[1], values[2]};
+  }
+};
+
+struct DeviceMemory {
+  static void* allocate(size_t bytes) {
+    void* memory = nullptr;
+    check(cudaMalloc(&memory, bytes));
+    return memory;
+  }
+  static void free(void* memory) { cudaFree(memory); }
+};
+
+// Memory of the host that the device writes to.
+struct SharedMemory {
+  static void* allocate(size_t bytes) {
+    void* memory = nullptr;
+    check(cudaHostAlloc(&memory, bytes, cudaHostAllocMapped | cudaHostAllocPortable));
+    return memory;
+  }
+  static void free(void* memory) { cudaFreeHost(memory); }
+};
+
+inline void to_device(void* target, const void* source, size_t bytes) {
+  check(cudaMemcpy(target, source, bytes, cudaMemcpyHostToDevice));
+}
+inline void from_device(void* target, const void* source, size_t bytes) {
+  check(cudaMemcpy(target, source, bytes, cudaMemcpyDeviceToHost));
+}
+inline void wait(void* stream) { check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream))); }
+
+template <class Arguments>
+void launch(void (*kernel)(Arguments), int blocks, int threads, int64_t shared_bytes, void* stream,
+            const Arguments& arguments) {
+  if (shared_bytes > (48 << 10))
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+  kernel<<<blocks, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments);
+  check(cudaGetLastError());
+}
+#else
+struct Limits {
+  int multiprocessors = 2, threads = 96;  // some warps, and not a power of two
+  int64_t shared_bytes = 0, shared_bytes_of_all = 0;
+
+  static Limits of_current_device() {
+    const int64_t bytes = emulation::shared_bytes();
+    return {2, 96, bytes, bytes};
+  }
+};
+
+struct DeviceMemory {
+  static void* allocate(size_t bytes) { return std::memset(::operator new(bytes), 0xff, bytes); }
+  static void free(void* memory) { ::operator delete(memory); }
+};
+using SharedMemory = DeviceMemory;
+
+inline void to_device(void* target, const void* source, size_t bytes) { std::memcpy(target, source, bytes); }
+inline void from_device(void* target, const void* source, size_t bytes) { std::memcpy(target, source, bytes); }
+inline void wait(void*) {}
+
+template <class Arguments>
+void launch(void (*kernel)(Arguments), int blocks, int threads, int64_t shared_bytes, void*,
+            const Arguments& arguments) {
+  emulation::run(blocks, threads, size_t(shared_bytes), [&] { kernel(arguments); });
+}
+#endif
+
+// An array that outlives a call.
+template <class Value, class Memory>
+class Array {
+ public:
+  void resize(int64_t count) {
+    if (count <= count_) return;
+    memory_.reset(static_cast<Value*>(Memory::allocate(size_t(count) * sizeof(Value))));
+    count_ = count;
+  }
+  void assign(const std::vector<Value>& values) {
+    resize(int64_t(values.size()));
+    if (!values.empty()) to_device(data(), values.data(), values.size() * sizeof(Value));
+  }
+  Value* data() const { return memory_.get(); }
+
+ private:
+  struct Free {
+    void operator()(Value* memory) const { Memory::free(memory); }
+  };
+  std::unique_ptr<Value, Free> memory_;
+  int64_t count_ = 0;
+};
+
+}  // namespace metaaug::cuda

@@ -1,0 +1,35 @@
+// The GPU engine: a call becomes a launch over all its tasks, and one for each sum over them.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "../call.h"
+
+namespace metaaug::cuda {
+
+// What a call may use: the stream that it is to be queued on, and memory that lives until the stream has passed it.
+struct Resources {
+  void* stream = nullptr;
+  std::function<void*(int64_t bytes)> allocate;
+};
+
+template <class T>
+class Engine {
+ public:
+  virtual ~Engine() = default;
+
+  // Queues the call, whose pointers are the device's, and does not wait for it. So what is returned is what an earlier
+  // call on this engine has met that was not finite, and then nothing is queued; with `wait`, or METAAUG_SYNC=1, it is
+  // of this call. Calls on one engine are in one stream or wait for each other, by the caller's care.
+  virtual NonFinite run(const Call<T>& call, const Resources& resources, bool wait) = 0;
+};
+
+// For the current device. Throws std::invalid_argument where the graph cannot be run.
+template <class T>
+std::unique_ptr<Engine<T>> make_engine(const Graph& graph);
+
+}  // namespace metaaug::cuda

@@ -1,0 +1,237 @@
+// The engine itself, compiled by nvcc for the device and by the host's compiler for the emulation.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <mutex>
+
+#include "engine.h"
+#include "kernels.h"
+#include "plan.h"
+
+namespace metaaug::cuda {
+
+template <class T>
+class Executor final : public Engine<T> {
+ public:
+  explicit Executor(const Graph& graph) : graph_(graph), limits_(Limits::of_current_device()) {
+    if (graph.parameters.size() > size_t{kMostParameters})
+      throw std::invalid_argument("the CUDA engine takes at most " + std::to_string(kMostParameters) +
+                                  " parameter tensors (got " + std::to_string(graph.parameters.size()) + ")");
+    offsets_.push_back(0);
+    for (const Parameter& p : graph.parameters) offsets_.push_back(offsets_.back() + p.size());
+    device_offsets_.assign(offsets_);
+    failed_.resize(1);
+    *failed_.data() = 0;
+  }
+
+  NonFinite run(const Call<T>& call, const Resources& resources, bool wait_for_it) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const NonFinite earlier = take_failure(resources.stream);
+    if (earlier.task >= 0) return earlier;
+    Arguments<T> a = arguments(call, resources.stream);
+    const bool sums_rows = a.row_size > 0;
+    const int64_t row_bytes = std::max<int64_t>(a.row_size * int64_t(sizeof(T)), 1);
+    const int chunk = int(std::clamp<int64_t>(kRowBytes / row_bytes, 1, std::max(call.tasks, 1)));
+    const Layout layout = place(a, std::min(chunk, call.tasks));
+    const int most = layout.workspace ? blocks_at_once(layout) : chunk;
+    const int blocks = std::min({chunk, most, call.tasks});
+    a.regions = layout.regions;
+    a.workspace_size = layout.workspace;
+    a.workspace = allocate(resources, blocks * layout.workspace);
+    a.rows_out = allocate(resources, sums_rows ? chunk * a.row_size : 0);
+    failures_.resize(call.tasks);
+    a.failures = failures_.data();
+    tasks_ = call.tasks;
+    for (int first = 0; first < call.tasks; first += chunk) {
+      a.first_task = first;
+      a.tasks = std::min(chunk, call.tasks - first);
+      launch(run_tasks<T>, std::min(blocks, a.tasks), limits_.threads, layout.shared * int64_t(sizeof(T)),
+             resources.stream, a);
+      const auto sum = [&](T* to, int64_t at, int64_t columns, T scale) {
+        if (!to || columns == 0) return;
+        const Columns<T> c{a.rows_out, a.tasks, a.row_size, at, columns, to, scale, first > 0};
+        launch(sum_columns<T>, int((columns + kWarp - 1) / kWarp), limits_.threads,
+               limits_.threads * int64_t(sizeof(T)), resources.stream, c);
+      };
+      sum(call.grad_parameters, 0, a.flat, T(1));
+      sum(call.mean_displacement, 0, a.flat, T(1) / T(call.tasks));
+      sum(call.grad_rates, a.row_size - a.rates, a.rates, T(1));
+    }
+    return wait_for_it || waits_ ? take_failure_now(resources.stream) : NonFinite();
+  }
+
+ private:
+  static constexpr int64_t kRowBytes = 256 << 20;  // of the rows that are summed over tasks
+  static constexpr int kPlannedSizes = 32, kMostSlots = 16;
+
+  T* allocate(const Resources& resources, int64_t elements) const {
+    return elements ? static_cast<T*>(resources.allocate(elements * int64_t(sizeof(T)))) : nullptr;
+  }
+
+  const Program& network(int images, const std::vector<char>& adapted, const std::vector<char>& wanted,
+                         bool wants_input, bool repeats) {
+    auto& entry = networks_[std::make_tuple(images, adapted, wanted, wants_input, repeats)];
+    if (!entry) entry = std::make_unique<Network>(graph_, offsets_, images, adapted, wanted, wants_input, repeats);
+    return entry->program();
+  }
+
+  Arguments<T> arguments(const Call<T>& call, void* stream) {
+    const int count = int(graph_.parameters.size());
+    const Settings& s = call.settings;
+    Arguments<T> a{};
+    std::vector<char> adapted(count), wanted(call.wanted);
+    for (int p = 0; p < count; ++p) {
+      adapted[p] = call.rates[p].data != nullptr;
+      wanted[p] |= adapted[p] || call.grad_initial != nullptr;
+    }
+    if (networks_.size() > size_t{kPlannedSizes}) networks_.clear();
+    a.has_support = s.steps > 0;
+    a.has_query = call.query.x != nullptr;
+    if (a.has_support) {
+      const int images = call.support.rows ? call.support.batch : call.support.count;
+      a.support = network(images, adapted, wanted, call.grad_support_x != nullptr, !call.support.rows);
+    }
+    if (a.has_query) a.query = network(call.query.count, adapted, wanted, call.grad_query_x != nullptr, false);
+    a.reverse = call.reverse();
+    a.keep_path = a.reverse && a.has_support && (!s.first_order || call.step_weights);
+    a.keep_directions = call.grad_rates != nullptr;
+    a.remembers = a.keep_directions || s.momentum != 0;
+    a.all_tasks = call.tasks;
+    a.steps = s.steps;
+    a.first_step = s.first_step;
+    a.loss = s.loss;
+    a.optimizer = s.optimizer;
+    a.first_order = s.first_order;
+    a.label_smoothing = s.label_smoothing;
+    a.momentum = s.momentum;
+    a.weight_decay = s.weight_decay;
+    a.beta1 = s.beta1;
+    a.beta2 = s.beta2;
+    a.eps = s.eps;
+    a.seed = s.seed;
+    a.parameters = count;
+    a.flat = offsets_.back();
+    a.offsets = device_offsets_.data();
+    std::vector<int64_t> rate_offsets(count, -1);
+    for (int p = 0; p < count; ++p) {
+      a.parameter[p] = call.initial ? nullptr : call.parameters[p];
+      const Rate<T>& rate = call.rates[p];
+      a.rate[p] = rate.data;
+      a.rate_form[p] = (unsigned char)((rate.per_step ? kPerStep : 0) | (rate.per_element ? kPerElement : 0));
+      if (!rate.data) continue;
+      rate_offsets[p] = a.rates;
+      a.rates += (rate.per_step ? s.steps : 1) * (rate.per_element ? graph_.parameters[p].size() : 1);
+    }
+    if (rate_offsets != rate_offsets_) {
+      wait(stream);  // an earlier call may still read them
+      device_rate_offsets_.assign(rate_offsets_ = rate_offsets);
+    }
+    a.rate_offset = device_rate_offsets_.data();
+    if (call.buffers.size() > size_t{kMostBuffers})
+      throw std::invalid_argument("the CUDA engine takes at most " + std::to_string(kMostBuffers / 2) +
+                                  " batch norms with frozen statistics (got " +
+                                  std::to_string(call.buffers.size() / 2) + ")");
+    std::copy(call.buffers.begin(), call.buffers.end(), a.frozen);
+    a.support_x = call.support.x;
+    a.support_y = call.support.values;
+    a.support_ids = call.support.ids;
+    a.support_weight = call.support.weight;
+    a.rows = call.support.rows;
+    a.supports = call.support.count;
+    a.batch = call.support.batch;
+    a.query_x = call.query.x;
+    a.query_y = call.query.values;
+    a.query_ids = call.query.ids;
+    a.queries = call.query.count;
+    a.initial = call.initial;
+    a.step_weights = call.step_weights;
+    a.task_weights = call.task_weights;
+    a.flat_adjoint = call.flat_adjoint;
+    a.prediction_adjoint = call.prediction_adjoint;
+    a.out_flat = call.flat;
+    a.task_losses = call.task_losses;
+    a.step_losses = call.step_losses;
+    a.accuracy = call.accuracy;
+    a.predictions = call.predictions;
+    a.statistics = call.statistics;
+    a.grad_initial = call.grad_initial;
+    a.grad_support_x = call.grad_support_x;
+    a.grad_support_y = call.grad_support_y;
+    a.grad_support_weight = call.grad_support_weight;
+    a.grad_query_x = call.grad_query_x;
+    a.grad_query_y = call.grad_query_y;
+    a.sums_gradient = call.grad_parameters != nullptr;
+    a.sums_displacement = call.mean_displacement != nullptr;
+    a.sums_rates = call.grad_rates != nullptr;
+    a.row_size = (a.sums_gradient || a.sums_displacement ? a.flat : 0) + (a.sums_rates ? a.rates : 0);
+    for (const Op& op : graph_.ops)
+      if (op.kind == OpKind::kBatchNorm) a.norm_channels += graph_.values[op.output].channels;
+    a.failed = failed_.data();
+    return a;
+  }
+
+  // With many tasks, several blocks share a multiprocessor.
+  Layout place(const Arguments<T>& a, int tasks) const {
+    const int together = std::clamp(tasks / std::max(limits_.multiprocessors, 1), 1, kMostTogether);
+    const int64_t share = std::min(limits_.shared_bytes, limits_.shared_bytes_of_all / together - kReserved);
+    const bool second_order = a.reverse && !a.first_order;
+    int slots = second_order ? std::min(a.steps, kMostSlots) : 1;
+    if (a.has_support) {
+      const int64_t bytes = Layout::frame(a.support, a.loss, a.rows != nullptr) * int64_t(sizeof(T));
+      const int blocks = std::min(tasks, limits_.multiprocessors * together);
+      slots = int(std::clamp<int64_t>(kept_bytes() / (bytes * blocks), 1, std::max(slots, 1)));
+    }
+    Layout layout = Layout::plan(a, share / int64_t(sizeof(T)), std::max(slots, 1));
+    // What fits a multiprocessor alone, but not several times, is better off alone than in the workspace.
+    if (layout.workspace && together > 1)
+      layout = Layout::plan(a, limits_.shared_bytes / int64_t(sizeof(T)), std::max(slots, 1));
+    return layout;
+  }
+
+  int blocks_at_once(const Layout& layout) const {
+    const int64_t bytes = layout.shared * int64_t(sizeof(T)) + kReserved;
+    return limits_.multiprocessors * int(std::clamp<int64_t>(limits_.shared_bytes_of_all / bytes, 1, kMostTogether));
+  }
+
+  // What the device has reported so far.
+  NonFinite take_failure(void* stream) { return *failed_.data() ? take_failure_now(stream) : NonFinite(); }
+
+  NonFinite take_failure_now(void* stream) {
+    wait(stream);
+    if (!*failed_.data()) return {};
+    *failed_.data() = 0;
+    std::vector<Failure> failures(tasks_);
+    from_device(failures.data(), failures_.data(), failures.size() * sizeof(Failure));
+    for (int task = 0; task < tasks_; ++task) {
+      static const char* const kNames[] = {"", "loss", "an adapted weight", "the meta-gradient"};
+      const Failure& f = failures[task];
+      if (f.what != Failure::kNothing) return {task, f.step, f.query != 0, kNames[f.what], f.value};
+    }
+    return {};
+  }
+
+  static constexpr int kMostTogether = 4;
+  static constexpr int64_t kReserved = 1 << 10;  // what the system takes of each block's shared memory
+
+  const Graph graph_;
+  const Limits limits_;
+  const bool waits_ = std::getenv("METAAUG_SYNC") && std::string(std::getenv("METAAUG_SYNC")) == "1";
+  std::vector<int64_t> offsets_, rate_offsets_;
+  Array<int64_t, DeviceMemory> device_offsets_, device_rate_offsets_;
+  Array<Failure, DeviceMemory> failures_;
+  Array<int, SharedMemory> failed_;
+  int tasks_ = 0;
+  std::map<std::tuple<int, std::vector<char>, std::vector<char>, bool, bool>, std::unique_ptr<Network>> networks_;
+  std::mutex mutex_;
+};
+
+template <class T>
+std::unique_ptr<Engine<T>> make_engine(const Graph& graph) {
+  return std::make_unique<Executor<T>>(graph);
+}
+
+template std::unique_ptr<Engine<float>> make_engine<float>(const Graph&);
+template std::unique_ptr<Engine<double>> make_engine<double>(const Graph&);
+
+}  // namespace metaaug::cuda

@@ -1,0 +1,42 @@
+// What is launched: the whole inner loop, its query and its reverse, a block for each task; and sums over tasks.
+#pragma once
+
+#include "task.h"
+
+namespace metaaug::cuda {
+
+template <class T>
+METAAUG_KERNEL void run_tasks(const METAAUG_GRID_CONSTANT Arguments<T> a) {
+  for (int task = block(); task < a.tasks; task += blocks()) {
+    Task<T>(a, a.first_task + task).run();
+    sync();  // the next one writes where this one reads
+  }
+}
+
+// Sums of columns of [rows, size], in an order that depends on the numbers of rows and threads alone.
+template <class T>
+struct Columns {
+  const T* rows;
+  int count;
+  int64_t size, first, columns;  // which columns
+  T* to;                         // [columns]
+  T scale;
+  bool accumulate;
+};
+
+template <class T>
+METAAUG_KERNEL void sum_columns(Columns<T> c) {
+  T* parts = reinterpret_cast<T*>(shared_memory());  // [warps, lanes]
+  const int64_t column = int64_t{block()} * kWarp + lane();
+  T sum = 0;
+  if (column < c.columns)
+    for (int row = warp(); row < c.count; row += warps()) sum += c.rows[row * c.size + c.first + column];
+  parts[thread()] = sum;
+  sync();
+  if (warp() != 0 || column >= c.columns) return;
+  T total = 0;
+  for (int i = 0; i < warps(); ++i) total += parts[i * kWarp + lane()];
+  c.to[column] = (c.accumulate ? c.to[column] : T(0)) + c.scale * total;
+}
+
+}  // namespace metaaug::cuda

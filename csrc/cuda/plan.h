@@ -1,0 +1,138 @@
+// Plans on the host: a network for a number of samples, and where a task's buffers lie.
+#pragma once
+
+#include "arguments.h"
+#include "device.h"
+#include "ops/table.h"
+
+namespace metaaug::cuda {
+
+// A place for so many elements, from a whole number of 16 bytes on.
+inline int64_t take(int64_t& total, int64_t elements) {
+  const int64_t at = total;
+  total += (elements + 3) / 4 * 4;
+  return at;
+}
+
+// A Program, and the device memory of its arrays.
+class Network {
+ public:
+  Network(const Graph& graph, const std::vector<int64_t>& offsets, int images, const std::vector<char>& adapted,
+          const std::vector<char>& wanted, bool wants_input, bool repeats) {
+    const Flow flow(graph, adapted, wanted, wants_input, repeats);
+    Program& p = program_;
+    p.count = int(graph.ops.size());
+    p.images = images;
+    p.output = graph.output;
+    p.output_moves = flow.moves[graph.output];
+    p.sample = graph.values[0];
+    p.result = graph.values[graph.output];
+    std::vector<Place> places(graph.values.size());
+    std::vector<Node> nodes;
+    p.input = (images * p.sample.size() + 3) / 4 * 4;
+    for (size_t v = 0; v < places.size(); ++v) {
+      const int64_t size = images * graph.values[v].size();
+      Place& place = places[v];
+      place.still = flow.still_value[v];
+      place.border = flow.border[v];
+      if (v > 0) place.value = take(place.still ? p.still : p.values, size);
+      if (flow.moves[v] || flow.reaches[v] || int(v) == graph.output)
+        place.adjoint = take(place.border ? p.carried : p.adjoints, size);
+    }
+    for (size_t i = 0; i < graph.ops.size(); ++i) {
+      const Op& op = graph.ops[i];
+      Node node;
+      node.op = op;
+      node.out = graph.values[op.output];
+      node.inner = flow.inner[i];
+      node.outer = flow.outer[i];
+      node.still = flow.still[i];
+      for (int j = 0; j < 2; ++j) {
+        if (op.input[j] >= 0) {
+          node.in[j] = graph.values[op.input[j]];
+          node.moves[j] = flow.moves[op.input[j]];
+        }
+        if (op.param[j] < 0) continue;
+        const Parameter& parameter = graph.parameters[op.param[j]];
+        node.adapted[j] = adapted[op.param[j]];
+        node.param[j] = offsets[op.param[j]];
+        node.rows[j] = parameter.rows;
+        node.row[j] = int(parameter.size() / parameter.rows);
+      }
+      if (op.kind == OpKind::kBatchNorm && op.buffer[0] < 0 && images * node.out.pixels() < 2)
+        throw std::invalid_argument("batch norm needs at least 2 values a channel (got 1 sample of 1 pixel)");
+      node.saved = take(node.still ? p.still : p.saved, saved_size(op, node.out, images));
+      node.saved_tangent = take(p.tangents_saved, saved_tangent_size(op, node.out, images));
+      nodes.push_back(node);
+    }
+    nodes_.assign(nodes);
+    places_.assign(places);
+    p.nodes = nodes_.data();
+    p.places = places_.data();
+  }
+
+  const Program& program() const { return program_; }
+
+ private:
+  Program program_;
+  Array<Node, DeviceMemory> nodes_;
+  Array<Place, DeviceMemory> places_;
+};
+
+// Where a task's buffers lie: what is used most often in shared memory, as far as it goes, the rest in the workspace.
+struct Layout {
+  Regions regions;
+  int64_t shared = 0, workspace = 0;  // elements
+
+  // `shared_limit` elements of shared memory, and frames for at most `most_slots` steps.
+  template <class T>
+  static Layout plan(const Arguments<T>& a, int64_t shared_limit, int most_slots) {
+    Layout layout;
+    for (int slots = most_slots; slots > 0; --slots) {
+      layout = of(a, shared_limit, slots);
+      if (layout.workspace == 0) return layout;
+    }
+    return of(a, shared_limit, most_slots);
+  }
+
+  // Elements of a frame: values, adjoints, what ops and the loss save, and its own input.
+  static int64_t frame(const Program& p, LossKind loss, bool input) {
+    const int64_t probabilities = loss == LossKind::kCrossEntropy ? p.images * p.result.size() : 0;
+    return (p.values + p.adjoints + p.saved + probabilities + (input ? p.input : 0) + 3) / 4 * 4;
+  }
+
+ private:
+  template <class T>
+  static Layout of(const Arguments<T>& a, int64_t shared_limit, int slots) {
+    Layout layout;
+    Regions& r = layout.regions;
+    const auto put = [&](Region& region, int64_t size, bool wanted) {
+      if (!wanted) return;
+      region.shared = layout.shared + size <= shared_limit;
+      region.at = take(region.shared ? layout.shared : layout.workspace, size);
+    };
+    const Program& support = a.support;
+    const bool second_order = a.has_support && a.reverse && !a.first_order, adam = a.optimizer == OptimizerKind::kAdam;
+    const int64_t tangents = second_order ? support.values + support.adjoints + support.tangents_saved : 0;
+    const int64_t query = a.has_query ? frame(a.query, a.loss, true) : 0;
+    r.slots_kept = slots;
+    r.slot = a.has_support ? frame(support, a.loss, a.rows != nullptr) : 0;
+    put(r.sums, kMostWarps, true);
+    put(r.gradient, a.flat, true);
+    put(r.tangent, a.flat, second_order);
+    put(r.slots, slots * r.slot, a.has_support);
+    put(r.tangents, tangents > query ? tangents : query, true);
+    put(r.input, support.input, a.has_support && !a.rows);
+    put(r.path, (a.keep_path ? a.steps + 1 : 1) * a.flat, true);
+    put(r.carry, a.flat, a.reverse && a.momentum != 0);
+    put(r.directions, (a.keep_directions ? a.steps : 1) * a.flat, a.remembers || adam);
+    put(r.second, a.flat, adam);
+    put(r.still, support.still, support.still > 0);
+    put(r.carried, support.carried, second_order && support.carried > 0);
+    return layout;
+  }
+
+  static constexpr int64_t kMostWarps = 32;
+};
+
+}  // namespace metaaug::cuda

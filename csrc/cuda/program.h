@@ -1,0 +1,37 @@
+// A graph planned for a number of samples, as kernels read it: arrays of plain structs. Values lie in torch's order,
+// [N, C, H, W], and parameters as the user has them, so nothing is packed.
+#pragma once
+
+#include "../flow.h"
+
+namespace metaaug::cuda {
+
+// Where a value lies in a frame, in elements; -1: nowhere.
+struct Place {
+  int64_t value = -1, adjoint = -1;
+  bool still = false, border = false;  // see Flow
+};
+
+// One op, with all that a kernel has to know of it.
+struct Node {
+  Op op;
+  Shape in[2], out;
+  Wants inner, outer;
+  bool still = false, active = false;     // active: a value of it moves
+  bool moves[2] = {false, false};         // its inputs
+  bool adapted[2] = {false, false};       // its parameters
+  int64_t param[2] = {0, 0};              // offsets in theta
+  int rows[2] = {1, 1}, row[2] = {0, 0};  // of a parameter with a row for each step: how many, and their size
+  int64_t saved = 0, saved_tangent = 0;
+};
+
+struct Program {
+  const Node* nodes = nullptr;
+  const Place* places = nullptr;
+  int count = 0, images = 0, output = 0;
+  bool output_moves = false;
+  Shape sample, result;
+  int64_t input = 0, values = 0, adjoints = 0, saved = 0, tangents_saved = 0, still = 0, carried = 0;  // elements
+};
+
+}  // namespace metaaug::cuda

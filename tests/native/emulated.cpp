@@ -1,0 +1,19 @@
+// Puts the GPU engine in the emulation into the CPU engine's place: linked with csrc/ops.cpp and csrc/bindings.cpp it
+// makes an extension whose every call runs the device code.
+#include "emulated.h"
+
+namespace metaaug::cpu {
+
+void check(const Graph&) {}
+
+std::string instruction_set() { return "emulation"; }
+
+template <class T>
+std::unique_ptr<Engine<T>> make_engine(const Graph& graph) {
+  return std::make_unique<Emulated<T>>(graph);
+}
+
+template std::unique_ptr<Engine<float>> make_engine<float>(const Graph&);
+template std::unique_ptr<Engine<double>> make_engine<double>(const Graph&);
+
+}  // namespace metaaug::cpu

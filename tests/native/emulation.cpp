@@ -1,0 +1,222 @@
+#include "emulation.h"
+
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace metaaug::cuda::emulation {
+namespace {
+
+enum class State { kReady, kAtBarrier, kInWarp, kEnded };
+
+constexpr size_t kStack = 256 << 10;
+constexpr size_t kGuard = 64;  // bytes behind shared memory that nobody may write
+constexpr unsigned char kPoison = 0xff;
+
+// Pages of its own, so that only what a thread touches takes memory.
+class Stack {
+ public:
+  Stack() : memory_(mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)) {
+    if (memory_ == MAP_FAILED) throw std::bad_alloc();
+  }
+  Stack(Stack&& other) noexcept : memory_(other.memory_) { other.memory_ = MAP_FAILED; }
+  ~Stack() {
+    if (memory_ != MAP_FAILED) munmap(memory_, kStack);
+  }
+  void* data() const { return memory_; }
+
+ private:
+  void* memory_;
+};
+
+struct Fiber {
+  ucontext_t context;
+  Stack stack;
+  State state = State::kEnded;
+  bool vote = false;
+  void* given = nullptr;
+  size_t size = 0;
+  void (*combine)(void*) = nullptr;
+};
+
+struct Machine {
+  ucontext_t scheduler;
+  const void* scheduler_stack = nullptr;
+  size_t scheduler_size = 0;
+  std::vector<Fiber> fibers;
+  std::unique_ptr<char[]> shared;
+  size_t shared_bytes = 0;
+  const std::function<void()>* kernel = nullptr;
+  int current = 0, threads = 0, block = 0, blocks = 0;
+  bool any = false;
+};
+
+thread_local Machine machine;
+
+// The sanitizer wants to know of every change of stacks.
+void enter(Fiber& fiber) {
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake = nullptr;
+  __sanitizer_start_switch_fiber(&fake, fiber.stack.data(), kStack);
+  swapcontext(&machine.scheduler, &fiber.context);
+  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#else
+  swapcontext(&machine.scheduler, &fiber.context);
+#endif
+}
+
+void leave(State state) {
+  Fiber& fiber = machine.fibers[machine.current];
+  fiber.state = state;
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake = nullptr;
+  const bool ends = state == State::kEnded;
+  __sanitizer_start_switch_fiber(ends ? nullptr : &fake, machine.scheduler_stack, machine.scheduler_size);
+  swapcontext(&fiber.context, &machine.scheduler);
+  __sanitizer_finish_switch_fiber(fake, &machine.scheduler_stack, &machine.scheduler_size);
+#else
+  swapcontext(&fiber.context, &machine.scheduler);
+#endif
+}
+
+void entry() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack, &machine.scheduler_size);
+#endif
+  (*machine.kernel)();
+  leave(State::kEnded);
+}
+
+bool all(size_t first, size_t last, State state) {
+  return std::all_of(machine.fibers.begin() + first, machine.fibers.begin() + last,
+                     [=](const Fiber& fiber) { return fiber.state == state; });
+}
+
+void release_warps() {
+  for (size_t first = 0; first < machine.fibers.size(); first += kWarp) {
+    const size_t last = std::min(first + kWarp, machine.fibers.size());
+    if (last - first < kWarp || !all(first, last, State::kInWarp)) continue;
+    Fiber* lanes = &machine.fibers[first];
+    const size_t size = lanes[0].size;
+    std::vector<double> values(kWarp * size / sizeof(double) + 1);
+    char* bytes = reinterpret_cast<char*>(values.data());
+    for (int i = 0; i < kWarp; ++i) {
+      if (lanes[i].combine != lanes[0].combine) throw std::logic_error("lanes of a warp take part in different sums");
+      std::memcpy(bytes + i * size, lanes[i].given, size);
+    }
+    lanes[0].combine(bytes);
+    for (int i = 0; i < kWarp; ++i) {
+      std::memcpy(lanes[i].given, bytes + i * size, size);
+      lanes[i].state = State::kReady;
+    }
+  }
+}
+
+void release_barrier() {
+  if (!all(0, machine.fibers.size(), State::kAtBarrier)) return;
+  machine.any = false;
+  for (Fiber& fiber : machine.fibers) {
+    machine.any |= fiber.vote;
+    fiber.state = State::kReady;
+  }
+}
+
+void check_progress() {
+  int count[4] = {};
+  for (const Fiber& fiber : machine.fibers) ++count[int(fiber.state)];
+  if (count[int(State::kReady)] || count[int(State::kEnded)] == int(machine.fibers.size())) return;
+  const auto number = [&](State state) { return std::to_string(count[int(state)]); };
+  throw std::logic_error("block " + std::to_string(machine.block) + ": of " + std::to_string(machine.threads) +
+                         " threads, " + number(State::kAtBarrier) + " wait at a barrier, " + number(State::kInWarp) +
+                         " in a warp's sum, and " + number(State::kEnded) + " have ended");
+}
+
+void run_block(std::mt19937& generator) {
+  std::memset(machine.shared.get(), kPoison, machine.shared_bytes + kGuard);
+  std::vector<int> order(machine.threads);
+  for (int i = 0; i < machine.threads; ++i) {
+    Fiber& fiber = machine.fibers[i];
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, entry, 0);
+    fiber.state = State::kReady;
+    order[i] = i;
+  }
+  while (!all(0, machine.fibers.size(), State::kEnded)) {
+    std::shuffle(order.begin(), order.end(), generator);
+    for (int i : order) {
+      if (machine.fibers[i].state != State::kReady) continue;
+      machine.current = i;
+      enter(machine.fibers[i]);
+    }
+    release_warps();
+    release_barrier();
+    check_progress();
+  }
+  const char* guard = machine.shared.get() + machine.shared_bytes;
+  if (std::any_of(guard, guard + kGuard, [](char byte) { return static_cast<unsigned char>(byte) != kPoison; }))
+    throw std::logic_error("block " + std::to_string(machine.block) + " wrote beyond its shared memory");
+}
+
+uint32_t next_seed() {
+  static std::mt19937 seeds([] {
+    const char* asked = std::getenv("METAAUG_EMULATION_SEED");
+    return asked ? uint32_t(std::strtoul(asked, nullptr, 10)) : std::random_device()();
+  }());
+  return uint32_t(seeds());
+}
+
+}  // namespace
+
+void run(int blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
+  machine.blocks = blocks;
+  machine.threads = threads;
+  machine.shared_bytes = shared_bytes;
+  machine.shared.reset(new char[shared_bytes + kGuard]);
+  machine.kernel = &kernel;
+  machine.fibers.resize(threads);
+  std::mt19937 generator(next_seed());
+  for (machine.block = 0; machine.block < blocks; ++machine.block) run_block(generator);
+}
+
+int64_t shared_bytes() {
+  const char* asked = std::getenv("METAAUG_EMULATION_SHARED");
+  return asked ? std::strtoll(asked, nullptr, 10) : 64 << 10;
+}
+
+int thread() { return machine.current; }
+int threads() { return machine.threads; }
+int block() { return machine.block; }
+int blocks() { return machine.blocks; }
+char* shared_memory() { return machine.shared.get(); }
+
+bool sync_or(bool value) {
+  machine.fibers[machine.current].vote = value;
+  leave(State::kAtBarrier);
+  return machine.any;
+}
+
+void exchange(void* value, size_t size, void (*combine)(void*)) {
+  Fiber& fiber = machine.fibers[machine.current];
+  fiber.given = value;
+  fiber.size = size;
+  fiber.combine = combine;
+  leave(State::kInWarp);
+}
+
+}  // namespace metaaug::cuda::emulation

@@ -1,0 +1,46 @@
+// A GPU's blocks on the host, for csrc/cuda/block.h: one block after the other, its threads as fibers that run in
+// another random order after every barrier. It finds wrong indices, missing barriers and reads of what nobody wrote;
+// it says nothing about speed.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+namespace metaaug::cuda::emulation {
+
+// Runs kernel() in every thread of every block; throws std::logic_error if threads part at a barrier, or one writes
+// beyond shared memory. Shared memory is full of NaN before each block. Orders come from METAAUG_EMULATION_SEED, or
+// are others in each process.
+void run(int blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel);
+
+// Bytes of shared memory that a block may have: METAAUG_EMULATION_SHARED, or 64 KiB.
+int64_t shared_bytes();
+
+int thread();
+int threads();
+int block();
+int blocks();
+bool sync_or(bool value);
+char* shared_memory();
+
+// Gives `size` bytes at `value` to the warp's lanes, whose values `combine` makes into one, in place; every lane gets
+// its own back.
+void exchange(void* value, size_t size, void (*combine)(void* values));
+
+constexpr int kWarp = 32;
+
+template <class T>
+T warp_sum(T value) {
+  exchange(&value, sizeof(T), [](void* values) {
+    T* each = static_cast<T*>(values);
+    for (int apart = kWarp / 2; apart > 0; apart /= 2) {
+      T sums[kWarp];
+      for (int i = 0; i < kWarp; ++i) sums[i] = each[i] + each[i ^ apart];
+      for (int i = 0; i < kWarp; ++i) each[i] = sums[i];
+    }
+  });
+  return value;
+}
+
+}  // namespace metaaug::cuda::emulation

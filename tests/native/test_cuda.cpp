@@ -1,0 +1,133 @@
+// The GPU engine's device code in the emulation, for sanitizers: random problems, whose results are the CPU engine's,
+// whatever the order of threads and wherever the buffers lie; and what the emulation itself must find.
+//
+//   test_cuda [seed] [graphs]
+#include "cuda/block.h"
+#include "emulated.h"
+#include "problems.h"
+
+namespace {
+
+using cuda::each;
+
+// --- the emulation --------------------------------------------------------------------------------------------------
+
+std::string error_of(int threads, int64_t shared, const std::function<void()>& kernel) {
+  try {
+    cuda::emulation::run(2, threads, shared, kernel);
+  } catch (const std::logic_error& error) {
+    return error.what();
+  }
+  return "";
+}
+
+// Reverses numbers in shared memory, with the barrier that this needs or without.
+std::vector<int> reversed(bool barrier) {
+  const int count = 96;
+  std::vector<int> result(count);
+  const auto kernel = [&] {
+    int* shared = reinterpret_cast<int*>(cuda::shared_memory());
+    shared[cuda::thread()] = cuda::thread();
+    if (barrier) cuda::sync();
+    result[cuda::thread()] = shared[count - 1 - cuda::thread()];
+  };
+  cuda::emulation::run(1, count, count * sizeof(int), kernel);
+  return result;
+}
+
+void check_emulation() {
+  const std::vector<int> good = reversed(true), bad = reversed(false);
+  for (int i = 0; i < int(good.size()); ++i) CHECK(good[i] == int(good.size()) - 1 - i, "%d at %d", good[i], i);
+  CHECK(bad != good, "a missing barrier is not seen");
+
+  std::vector<int> visits(2 * 64);
+  cuda::emulation::run(2, 64, 0, [&] { ++visits[cuda::block() * cuda::threads() + cuda::thread()]; });
+  for (int each : visits) CHECK(each == 1, "%d visits", each);
+
+  const auto some = [](int last) {
+    return [=] {
+      if (cuda::thread() < last) cuda::sync();
+    };
+  };
+  CHECK(error_of(64, 0, some(64)).empty(), "a barrier that all reach");
+  CHECK(
+      error_of(64, 0, some(40)) == "block 0: of 64 threads, 40 wait at a barrier, 0 in a warp's sum, and 24 have ended",
+      "%s", error_of(64, 0, some(40)).c_str());
+  const auto lanes = [] {
+    if (cuda::thread() != 35) cuda::warp_sum(1.0);
+  };
+  CHECK(error_of(64, 0, lanes).find("31 in a warp's sum") != std::string::npos, "%s", error_of(64, 0, lanes).c_str());
+  const auto beyond = [] {
+    if (cuda::thread() == 3) *const_cast<volatile char*>(cuda::shared_memory() + 100) = 0;
+  };
+  CHECK(error_of(32, 100, beyond) == "block 0 wrote beyond its shared memory", "%s", error_of(32, 100, beyond).c_str());
+
+  double unwritten = 0;
+  cuda::emulation::run(1, 32, 64, [&] {
+    if (cuda::thread() == 0) unwritten = *reinterpret_cast<double*>(cuda::shared_memory());
+  });
+  CHECK(std::isnan(unwritten), "shared memory starts as %g", unwritten);
+
+  for (const int threads : {32, 96, 256}) {
+    std::vector<double> sums(threads), votes(threads);
+    cuda::emulation::run(1, threads, 32 * sizeof(double), [&] {
+      const int i = cuda::thread();
+      double* scratch = reinterpret_cast<double*>(cuda::shared_memory());
+      sums[i] = cuda::block_sum(double(i), scratch) + 1e6 * cuda::block_sum(1.0, scratch);
+      votes[i] = cuda::sync_or(i == 17) + 2 * cuda::sync_or(false);
+    });
+    for (int i = 0; i < threads; ++i) {
+      CHECK(sums[i] == threads * (threads - 1) / 2 + 1e6 * threads, "a sum of %g", sums[i]);
+      CHECK(votes[i] == 1, "votes of %g", votes[i]);
+    }
+  }
+}
+
+// --- the engine -----------------------------------------------------------------------------------------------------
+
+void check_everything(const Problem& p) {
+  const Problem single = rounded(p);
+  const Values<double> expected = run(p, *cpu::make_engine<double>(p.graph));
+  const Values<double> exact = run(single, *cpu::make_engine<double>(p.graph));
+  std::vector<Values<double>> found;
+  for (const char* shared : {"1024", "9000", "200000"}) {  // next to nothing there, some of it, or all
+    setenv("METAAUG_EMULATION_SHARED", shared, 1);
+    Emulated<double> engine(p.graph);
+    for (int repeat = 0; repeat < 2; ++repeat) found.push_back(run(p, engine));
+    CHECK_CLOSE(found.back(), expected, 1e-9);
+    CHECK(same_bits(found.front(), found.back()), "other bits with another order or other places");
+    Emulated<float> in_single(p.graph);
+    CHECK_CLOSE(run(single, in_single), exact, 5e-3);
+  }
+}
+
+void check_failure(Problem p) {
+  if (p.adapt_only) return;
+  Emulated<double> engine(p.graph);
+  const Values<double> expected = run(p, engine);
+  Vector& x = p.inputs["query_x"];
+  const Vector good = x;
+  std::fill(x.end() - p.graph.values[0].size(), x.end(), std::numeric_limits<double>::quiet_NaN());
+  NonFinite failure;
+  run(p, engine, 1, true, &failure);
+  CHECK(failure.task == p.tasks - 1 && failure.query, "task %d, step %d: %s", failure.task, failure.step, failure.what);
+  x = good;
+  CHECK(same_bits(run(p, engine), expected), "a failed call has left something behind");
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const unsigned long long seed = count > 1 ? std::strtoull(arguments[1], nullptr, 10) : std::random_device()();
+  const int graphs = count > 2 ? std::atoi(arguments[2]) : 12;
+  std::printf("seed %llu\n", seed);
+  std::fflush(stdout);
+  generator.seed(seed);
+  check_emulation();
+  for (int i = 0; i < graphs; ++i) {
+    const Problem p = any_problem(i, i == 0 ? 7 : integer(1, 3));
+    check_everything(p);
+    check_failure(p);
+  }
+  std::printf("%d graphs\n", graphs);
+}
