@@ -5,6 +5,7 @@
 VENV   ?= .venv
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
+TORCH_CUDA ?= torch==2.14.1
 
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -12,14 +13,16 @@ NATIVE  := $(shell find csrc tests -name "*.cpp" -o -name "*.h" -o -name "*.cu")
 CUDA    := $(filter %.cu,$(NATIVE))
 SOURCES := $(wildcard setup.py pyproject.toml) $(filter csrc/%,$(NATIVE))
 
-.PHONY: help venv install demo test bench bench-ops lint format clean
+.PHONY: help venv install demo test test-gpu cuda-link bench bench-ops lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make install   build the extension and install the package into $(VENV), editable"
 	@echo "make demo      train on Glyphs, then evaluate and draw: demo/*.png and a checkpoint"
 	@echo "make test      formatters, linters, types, native sanitizers, tests"
-	@echo "make lint      the first three of these"
+	@echo "make test-gpu  build for the GPU that is here, check every kernel on it, then time it (needs CUDA torch and nvcc)"
+	@echo "make cuda-link build with CUDA against $(TORCH_CUDA) in $(VENV)-cuda and import it; needs nvcc, 6 GB, no GPU"
+	@echo "make lint      formatters, linters, types, and nvcc where it is"
 	@echo "make bench     time the workloads here and in other libraries, which it installs: bench/ (BENCH=\"--list\": which)"
 	@echo "make bench-ops time single ops beside plain torch"
 	@echo "make format    reformat Python and C++"
@@ -70,6 +73,13 @@ build/%.o: %.cu $(filter csrc/%.h,$(NATIVE))
 
 test: lint
 	$(BIN)/python -m pytest -q
+
+# A build for CUDA needs no GPU, and neither does importing it.
+cuda-link:
+	@$(MAKE) --no-print-directory venv VENV=$(VENV)-cuda TORCH="$(TORCH_CUDA)"
+	@echo "building metaaug_fast with CUDA"
+	@METAAUG_CUDA=1 $(VENV)-cuda/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation .
+	@cd $(VENV)-cuda && bin/python -c 'import metaaug_fast; from metaaug_fast import _C; assert _C.cuda; print(metaaug_fast.__file__, "has the CUDA engine")'
 
 # learn2learn has no release that pip can build: see its row in the table.
 bench: $(VENV)/.bench-all

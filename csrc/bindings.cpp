@@ -131,4 +131,5 @@ PYBIND11_MODULE(_C, m) {
         return result;
       });
   m.def("instruction_set", &cpu::instruction_set);
+  m.attr("cuda") = kCuda;
 }

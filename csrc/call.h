@@ -83,6 +83,7 @@ struct NonFinite {
   bool query = false;
   const char* what = "";
   double value = 0;
+  bool earlier = false;  // of a call before this one, which was not waited for
 };
 
 // How much of the steps' activations to keep for the reverse sweep, over all tasks at work; at least one step's are

@@ -9,6 +9,11 @@
 
 #include "cpu/pool.h"
 
+#if defined(METAAUG_CUDA)
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
 namespace metaaug {
 namespace {
 
@@ -21,7 +26,7 @@ int64_t flat_size(const Graph& graph) {
 // Hands out contiguous tensors' pointers and keeps the tensors alive for the call.
 class Pointers {
  public:
-  Pointers(at::ScalarType dtype) : dtype_(dtype) {}
+  Pointers(at::ScalarType dtype, at::Device device) : dtype_(dtype), device_(device) {}
 
   template <class T>
   const T* read(const OptionalTensor& tensor, const char* name, at::IntArrayRef shape) {
@@ -33,7 +38,7 @@ class Pointers {
   template <class T>
   const T* read(const at::Tensor& tensor, const char* name) {
     const auto wanted = std::is_same_v<T, int64_t> ? at::kLong : dtype_;
-    TORCH_CHECK_VALUE(tensor.device().is_cpu(), name, " must be on the CPU (got ", tensor.device(), ")");
+    TORCH_CHECK_VALUE(tensor.device() == device_, name, " must be on ", device_, " (got ", tensor.device(), ")");
     TORCH_CHECK_VALUE(tensor.scalar_type() == wanted, name, " must be ", wanted, " (got ", tensor.scalar_type(), ")");
     kept_.push_back(tensor.contiguous());
     return kept_.back().const_data_ptr<T>();
@@ -41,6 +46,7 @@ class Pointers {
 
  private:
   at::ScalarType dtype_;
+  at::Device device_;
   std::vector<at::Tensor> kept_;
 };
 
@@ -69,29 +75,38 @@ cpu::Parallel on_all_threads(const std::function<bool()>& poll, std::atomic<bool
 
 }  // namespace
 
-template <>
-cpu::Engine<float>& FusedEngine::engine<float>() {
-  if (!float_) float_ = cpu::make_engine<float>(graph_);
-  return *float_;
+#if defined(METAAUG_CUDA)
+template <class T>
+NonFinite FusedEngine::run_cuda(const Call<T>& call, at::Device device) {
+  const c10::cuda::CUDAGuard guard(device);
+  auto& engine = engines<T>().cuda[device.index()];
+  if (!engine) engine = cuda::make_engine<T>(graph_);
+  std::vector<at::Tensor> memory;  // freed in the order of the stream
+  const auto allocate = [&](int64_t bytes) {
+    memory.push_back(at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device)));
+    return memory.back().mutable_data_ptr();
+  };
+  return engine->run(call, {c10::cuda::getCurrentCUDAStream().stream(), allocate}, false);
 }
-
-template <>
-cpu::Engine<double>& FusedEngine::engine<double>() {
-  if (!double_) double_ = cpu::make_engine<double>(graph_);
-  return *double_;
+#else
+template <class T>
+NonFinite FusedEngine::run_cuda(const Call<T>&, at::Device device) {
+  TORCH_CHECK_VALUE(false, "support_x must be on the CPU, for this build has no CUDA engine (got ", device, ")");
 }
+#endif
 
 template <class T>
-std::map<std::string, at::Tensor> FusedEngine::run_cpu(const Settings& settings, const Inputs& in,
-                                                       const std::vector<std::string>& outputs,
-                                                       const std::function<bool()>& poll) {
+std::map<std::string, at::Tensor> FusedEngine::run_as(const Settings& settings, const Inputs& in,
+                                                      const std::vector<std::string>& outputs,
+                                                      const std::function<bool()>& poll) {
   const at::ScalarType dtype = at::CppTypeToScalarType<T>::value;
-  const at::TensorOptions options = at::TensorOptions().dtype(dtype);
-  Pointers pointers(dtype);
   const int64_t flat = flat_size(graph_), parameters = int64_t(graph_.parameters.size());
   const int64_t outs = graph_.values[graph_.output].size(), sample = graph_.values[0].size();
   const at::Tensor& first = in.support_x ? *in.support_x : *in.query_x;
   const int64_t tasks = first.size(0);
+  const at::Device device = first.device();
+  const at::TensorOptions options = at::TensorOptions().dtype(dtype).device(device);
+  Pointers pointers(dtype, device);
 
   Call<T> call;
   call.settings = settings;
@@ -175,12 +190,21 @@ std::map<std::string, at::Tensor> FusedEngine::run_cpu(const Settings& settings,
   like("grad_query_y", call.grad_query_y, in.query_y);
 
   std::atomic<bool> interrupted{false};
-  const NonFinite failure = engine<T>().run(call, on_all_threads(poll, interrupted));
-  if (interrupted) return {};
-  if (loss) *loss = std::accumulate(call.task_losses, call.task_losses + tasks, T(0)) / T(tasks);
+  NonFinite failure;
+  if (device.is_cuda()) {
+    failure = run_cuda(call, device);
+    if (loss) at::mean_out(result.at("loss"), result.at("task_losses"), {0});
+  } else {
+    auto& engine = engines<T>().cpu;
+    if (!engine) engine = cpu::make_engine<T>(graph_);
+    failure = engine->run(call, on_all_threads(poll, interrupted));
+    if (interrupted) return {};
+    if (loss) *loss = std::accumulate(call.task_losses, call.task_losses + tasks, T(0)) / T(tasks);
+  }
   if (failure.task >= 0) {
-    throw NonFiniteError{"task " + std::to_string(failure.task) + (failure.query ? ", query after step " : ", step ") +
-                         std::to_string(failure.step) + ": " + failure.what + " is " +
+    throw NonFiniteError{(failure.earlier ? "in an earlier call, task " : "task ") + std::to_string(failure.task) +
+                         (failure.query ? ", query after step " : ", step ") + std::to_string(failure.step) + ": " +
+                         failure.what + " is " +
                          (std::isnan(failure.value) ? "nan"
                           : failure.value > 0       ? "inf"
                                                     : "-inf")};
@@ -198,8 +222,8 @@ std::map<std::string, at::Tensor> FusedEngine::run(const Settings& settings, con
                         inputs.wanted.size() == parameters &&
                         (inputs.initial || inputs.parameters.size() == parameters),
                     "a call needs a rate, per_step, wanted and value for each of ", parameters, " parameters");
-  if (x.scalar_type() == at::kFloat) return run_cpu<float>(settings, inputs, outputs, poll);
-  if (x.scalar_type() == at::kDouble) return run_cpu<double>(settings, inputs, outputs, poll);
+  if (x.scalar_type() == at::kFloat) return run_as<float>(settings, inputs, outputs, poll);
+  if (x.scalar_type() == at::kDouble) return run_as<double>(settings, inputs, outputs, poll);
   TORCH_CHECK_VALUE(false, "support_x must be float32 or float64 (got ", x.scalar_type(), ")");
 }
 

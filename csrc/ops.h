@@ -4,9 +4,12 @@
 #include <ATen/ATen.h>
 
 #include <map>
+#include <memory>
 #include <optional>
+#include <tuple>
 
 #include "cpu/engine.h"
+#include "cuda/engine.h"
 
 namespace metaaug {
 
@@ -23,25 +26,43 @@ struct Inputs {
   OptionalTensor flat_adjoint, prediction_adjoint;
 };
 
+// Whether this build has the CUDA engine.
+#if defined(METAAUG_CUDA)
+inline constexpr bool kCuda = true;
+#else
+inline constexpr bool kCuda = false;
+#endif
+
 class FusedEngine {
  public:
   explicit FusedEngine(Graph graph) : graph_(std::move(graph)) { cpu::check(graph_); }
 
-  // Computes the outputs named in `outputs`: those of Call, and `loss`, the mean of `task_losses`. `poll` is
-  // called between tasks on the calling thread; true stops the run.
+  // Computes, on the device of the data, the outputs named in `outputs`: those of Call, and `loss`, the mean of
+  // `task_losses`. `poll` is called between tasks on the calling thread; true stops the run. A run on a GPU is queued
+  // on the current stream and never stopped.
   std::map<std::string, at::Tensor> run(const Settings& settings, const Inputs& inputs,
                                         const std::vector<std::string>& outputs, const std::function<bool()>& poll);
 
  private:
+  // Engines for one type; a GPU has one of its own.
   template <class T>
-  cpu::Engine<T>& engine();
+  struct Engines {
+    std::unique_ptr<cpu::Engine<T>> cpu;
+    std::map<int, std::unique_ptr<cuda::Engine<T>>> cuda;
+  };
+
   template <class T>
-  std::map<std::string, at::Tensor> run_cpu(const Settings& settings, const Inputs& inputs,
-                                            const std::vector<std::string>& outputs, const std::function<bool()>& poll);
+  Engines<T>& engines() {
+    return std::get<Engines<T>>(engines_);
+  }
+  template <class T>
+  std::map<std::string, at::Tensor> run_as(const Settings& settings, const Inputs& inputs,
+                                           const std::vector<std::string>& outputs, const std::function<bool()>& poll);
+  template <class T>
+  NonFinite run_cuda(const Call<T>& call, at::Device device);
 
   Graph graph_;
-  std::unique_ptr<cpu::Engine<float>> float_;
-  std::unique_ptr<cpu::Engine<double>> double_;
+  std::tuple<Engines<float>, Engines<double>> engines_;
 };
 
 // Thrown when NaN or infinity arises; bindings turn it into metaaug_fast.NonFiniteError.

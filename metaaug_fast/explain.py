@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
+from .fused import refusal
 from .lowering import Op, Refusal, survey
 from .op_table import Shape, batched
 
@@ -32,6 +32,7 @@ class Explanation:
 
     fused: the fused engine runs this model. reason: why it does not, or "". rows: every op, in order.
     parameters: of the model. flops: of one sample's forward pass through the rows whose cost is known.
+    device: what example_x is on, "cpu" or "cuda".
     """
 
     fused: bool
@@ -39,6 +40,7 @@ class Explanation:
     rows: tuple[Row, ...]
     parameters: int
     flops: int
+    device: str = "cpu"
 
     def __str__(self) -> str:
         lines: list[tuple[str, ...]] = [("op", "where", "output", "parameters", "FLOPs", "fused")]
@@ -50,7 +52,9 @@ class Explanation:
             )
         partial = "" if all(row.flops is not None for row in self.rows) else " + ?"
         lines.append(("total", "", "", f"{self.parameters:,}", f"{self.flops:,}{partial}", ""))
-        verdict = "fused engine (CPU)" if self.fused else f"fallback (torch.func), because {self.reason}"
+        verdict = (
+            f"fused engine ({self.device.upper()})" if self.fused else f"fallback (torch.func), because {self.reason}"
+        )
         return f"{_aligned(lines)}\nruns on: {verdict}"
 
     __repr__ = __str__
@@ -90,16 +94,15 @@ def explain(model: nn.Module, example_x: Tensor) -> Explanation:
         rows=rows,
         parameters=sum(value.numel() for value in named.values()),
         flops=sum(row.flops or 0 for row in rows),
+        device=example_x.device.type,
     )
 
 
 def _misplaced(example_x: Tensor, parameters: Iterable[Tensor]) -> str:
     """Why a module of fused ops does not run on the engine all the same."""
     for value in (example_x, *parameters):
-        if value.device.type != "cpu":
-            return f"the fused engine runs on the CPU (got {value.device})"
-        if value.dtype not in (torch.float32, torch.float64):
-            return f"the fused engine computes in float32 or float64 (got {value.dtype})"
+        if reason := refusal(value):
+            return reason
     return ""
 
 

@@ -16,7 +16,20 @@ from .lowering import Graph, Op
 from .norms import BatchStatistics, update_running
 from .problem import InnerProblem, MetaOutput, Query, Support
 
+NO_CUDA = (
+    "this build of metaaug_fast has no CUDA engine; install it again beside a CUDA build of torch and nvcc: "
+    "METAAUG_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps ."
+)
 _DATA = ("support_x", "support_y", "support_weight", "initial", "query_x", "query_y", "step_weights")
+
+
+def refusal(value: Tensor) -> str:
+    """Why there is no fused engine for tensors like this one, or nothing."""
+    if value.device.type not in ("cpu", "cuda"):
+        return f"the fused engine runs on the CPU and on CUDA (got {value.device})"
+    if value.dtype not in (torch.float32, torch.float64):
+        return f"the fused engine computes in float32 or float64 (got {value.dtype})"
+    return NO_CUDA if value.is_cuda and not _C.cuda else ""
 
 
 class FusedExecutor:

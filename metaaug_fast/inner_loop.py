@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .errors import FallbackWarning, NotFusedError
 from .fallback import FallbackExecutor, probe_output_shape
-from .fused import FusedExecutor
+from .fused import FusedExecutor, refusal
 from .losses import Loss, accuracy, check_targets, sample_losses, task_loss
 from .lowering import lower
 from .problem import (
@@ -364,9 +364,8 @@ def _make(
 
 
 def _make_fused(problem: InnerProblem, sample_shape: tuple[int, ...]) -> tuple[Executor, bool]:
-    device = next(iter(problem.parameters.values())).device
-    if device.type != "cpu":
-        raise NotFusedError(f"the fused engine runs on the CPU (got a model on {device})")
+    if reason := refusal(next(iter(problem.parameters.values()))):
+        raise NotFusedError(reason)
     if callable(problem.loss):
         raise NotFusedError(f"the fused engine needs a named loss (got the callable {_name(problem.loss)})")
     fixed = problem.batch_norm == "frozen" or (problem.batch_norm == "running" and not problem.training)

@@ -1,10 +1,13 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from metaaug_fast import models
+from metaaug_fast import _C, models
 from metaaug_fast.explain import explain
+from metaaug_fast.fused import refusal
 
 
 class Blocked(nn.Module):
@@ -114,10 +117,18 @@ def test_device_and_dtype():
     answer = explain(models.mlp([3, 2]).to("meta"), torch.zeros(1, 3, device="meta"))
     assert not answer.fused
     assert all(row.fused for row in answer.rows)
-    assert "fallback (torch.func), because the fused engine runs on the CPU (got meta)" in str(answer)
+    assert "fallback (torch.func), because the fused engine runs on the CPU and on CUDA (got meta)" in str(answer)
     answer = explain(models.mlp([3, 2]).bfloat16(), torch.zeros(1, 3))
     assert "float32 or float64 (got torch.bfloat16)" in answer.reason
     assert explain(models.mlp([3, 2]).double(), torch.zeros(1, 3, dtype=torch.float64)).fused
+
+
+def test_a_build_without_cuda_says_how_to_get_it(monkeypatch):
+    on_gpu = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32, is_cuda=True)
+    monkeypatch.setattr(_C, "cuda", False)
+    assert "METAAUG_CUDA=1 pip install" in refusal(on_gpu)
+    monkeypatch.setattr(_C, "cuda", True)
+    assert refusal(on_gpu) == ""
 
 
 def test_dropout_shows_in_training_only():

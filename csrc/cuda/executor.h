@@ -27,7 +27,8 @@ class Executor final : public Engine<T> {
 
   NonFinite run(const Call<T>& call, const Resources& resources, bool wait_for_it) override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const NonFinite earlier = take_failure(resources.stream);
+    NonFinite earlier = take_failure(resources.stream);
+    earlier.earlier = true;
     if (earlier.task >= 0) return earlier;
     Arguments<T> a = arguments(call, resources.stream);
     const bool sums_rows = a.row_size > 0;
@@ -230,8 +231,5 @@ template <class T>
 std::unique_ptr<Engine<T>> make_engine(const Graph& graph) {
   return std::make_unique<Executor<T>>(graph);
 }
-
-template std::unique_ptr<Engine<float>> make_engine<float>(const Graph&);
-template std::unique_ptr<Engine<double>> make_engine<double>(const Graph&);
 
 }  // namespace metaaug::cuda

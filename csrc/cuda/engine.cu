@@ -1,1 +1,0 @@
-#include "executor.h"
