@@ -74,6 +74,14 @@ build/%.o: %.cu $(filter csrc/%.h,$(NATIVE))
 test: lint
 	$(BIN)/python -m pytest -q
 
+# With the interpreter that has a CUDA build of torch: a machine with a GPU may have no network for an environment of ours.
+test-gpu:
+	METAAUG_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=. $(PYTHON) -m pytest -q tests/test_gpu.py
+	METAAUG_GPU_CASES=6 PYTHONPATH=. compute-sanitizer --tool memcheck --error-exitcode 1 --quiet $(PYTHON) -m pytest -q tests/test_gpu.py -k networks
+	METAAUG_GPU_CASES=6 PYTHONPATH=. compute-sanitizer --tool racecheck --error-exitcode 1 --quiet $(PYTHON) -m pytest -q tests/test_gpu.py -k networks
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(if $(OUT),--out $(OUT))
+
 # A build for CUDA needs no GPU, and neither does importing it.
 cuda-link:
 	@$(MAKE) --no-print-directory venv VENV=$(VENV)-cuda TORCH="$(TORCH_CUDA)"

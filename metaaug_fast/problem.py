@@ -299,10 +299,14 @@ def _rates(lr: LearningRate, values: Mapping[str, Tensor], adapted: list[str], s
 
 def _rate_tensor(name: str, lr: float | Tensor | Sequence[float], like: Tensor) -> Tensor:
     value = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=like.dtype)
+    if value.is_cuda:  # to look at it would wait for the GPU; the engine reports what becomes of a bad one
+        return value.to(like.device, like.dtype)
     detached = value.detach()
     good = detached.isfinite() & ((detached >= 0) | value.requires_grad)  # learning may take a rate below zero
     if not bool(good.all()):
         raise ValueError(f"{name} must be >= 0 and finite (got {float(detached[~good].flatten()[0]):g})")
+    if like.is_cuda and value.ndim == 0 and not value.requires_grad:
+        return torch.full((), float(value), dtype=like.dtype, device=like.device)  # a copy would wait, too
     return value.to(like.device, like.dtype)
 
 

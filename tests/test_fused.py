@@ -351,24 +351,25 @@ def conv_sets(tasks: int = 3, supports: int = 5, queries: int = 4, ways: int = 3
 
 
 def cast(
-    dtype: torch.dtype, problem: InnerProblem, support: Support, query: Query
+    dtype: torch.dtype, problem: InnerProblem, support: Support, query: Query, device: str = "cpu"
 ) -> tuple[InnerProblem, Support, Query]:
-    """Copies in another precision, of the same numbers."""
+    """Copies in another precision or on another device, of the same numbers."""
 
     def to(value: Tensor | None) -> Tensor | None:
         if value is None or not value.is_floating_point():
-            return value
-        return value.detach().to(dtype).requires_grad_(value.requires_grad)
+            return None if value is None else value.to(device)
+        return value.detach().to(device, dtype).requires_grad_(value.requires_grad)
 
-    model = copy.deepcopy(problem.model).to(dtype)
+    model = copy.deepcopy(problem.model).to(device, dtype)
+    given = {name: to(value) for name, value in problem.parameters.items() if name in problem.per_step}
     once = {id(rate): replace(rate, value=to(rate.value)) for rate in problem.rates.values()}
     problem = replace(
         problem,
         model=model,
-        parameters=dict(model.named_parameters()),
+        parameters=dict(model.named_parameters()) | given,
         rates={name: once[id(rate)] for name, rate in problem.rates.items()},
     )
-    support = Support(to(support.x), to(support.y), to(support.sample_weight), support.rows, to(support.initial))
+    support = Support(*map(to, (support.x, support.y, support.sample_weight, support.rows, support.initial)))
     return problem, support, Query(to(query.x), to(query.y), to(query.step_weights))
 
 

@@ -1,0 +1,137 @@
+"""The CUDA engine on a GPU against the specification in float64, for `make test-gpu`; skipped where there is none."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from exactness import assert_close, gradients, leaves
+from test_fused import cast, conv_sets, convolutional, executor_of, mlp, perceptron_sets, random_problem, run_all
+
+import metaaug_fast as mf
+from metaaug_fast import _C, reference
+from metaaug_fast.errors import NonFiniteError
+from metaaug_fast.problem import inner_problem
+
+pytestmark = [
+    pytest.mark.usefixtures("fresh_numbers", "poisoned"),
+    pytest.mark.skipif(not (torch.cuda.is_available() and _C.cuda), reason="no GPU, or a build without CUDA"),
+]
+CASES = int(os.environ.get("METAAUG_GPU_CASES", "96"))
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that torch gives out again, full of NaN."""
+    for size in (2**12, 2**16, 2**20, 2**26):
+        torch.full((size,), torch.nan, device="cuda")
+    yield
+    torch.cuda.synchronize()
+
+
+def on_gpu(problem, support, query, dtype=torch.float64):
+    return cast(dtype, problem, support, query, device="cuda")
+
+
+@pytest.mark.parametrize("case", range(CASES))
+def test_random_networks(case):
+    """Losses, accuracy, adapted weights and every gradient."""
+    on_cpu = random_problem(case)
+    expected, inputs = reference.meta_loss(*on_cpu), leaves(*on_cpu)
+    moved = on_gpu(*on_cpu)
+    executor = executor_of(moved[0], moved[1].x)
+    assert executor.name == "fused"
+    got, moved_inputs = executor.meta_loss(*moved), leaves(*moved)
+    torch.testing.assert_close(got.task_losses.cpu(), expected.task_losses, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(executor.adapt(*moved[:2]).cpu(), reference.adapt(*on_cpu[:2]), rtol=1e-9, atol=1e-11)
+    if inputs:
+        share = torch.rand(len(expected.task_losses), dtype=torch.float64)
+        wanted = gradients(expected.task_losses @ share + expected.loss, inputs)
+        found = gradients(got.task_losses @ share.cuda() + got.loss, moved_inputs)
+        assert_close({name: value.cpu() for name, value in found.items()}, wanted)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5])
+@pytest.mark.parametrize("kind", ["perceptron", "convolutional"])
+def test_single_precision(kind, steps):
+    model, sets = (mlp(), perceptron_sets()) if kind == "perceptron" else (convolutional(), conv_sets())
+    single = cast(torch.float32, inner_problem(model, 0.1, steps), *sets)
+    expected = run_all(*cast(torch.float64, *single))
+    got = run_all(*on_gpu(*single, dtype=torch.float32))
+    tolerance = 200 * (steps + 1) * torch.finfo(torch.float32).eps
+    assert_close({name: value.double().cpu() for name, value in got.items()}, expected, tolerance)
+
+
+@pytest.mark.parametrize("tasks", [1, 7, 300])
+def test_same_bits_again_and_on_another_stream(tasks):
+    moved = on_gpu(inner_problem(mlp(), 0.1, 3), *perceptron_sets(tasks=tasks), dtype=torch.float32)
+    first = run_all(*moved)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        second = run_all(*moved)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_meta_step_does_not_wait_for_the_gpu():
+    problem, support, query = on_gpu(inner_problem(mlp(), 0.1, 3), *perceptron_sets(), dtype=torch.float32)
+    executor = executor_of(problem, support.x)
+    executor.meta_loss(problem, support, query).loss.backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        executor.meta_loss(problem, support, query).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_meta_step_can_be_captured_in_a_graph():
+    moved = problem, support, query = on_gpu(inner_problem(mlp(), 0.1, 3), *perceptron_sets(), dtype=torch.float32)
+    executor, inputs = executor_of(problem, support.x), leaves(*moved)
+
+    def step():
+        return gradients(executor.meta_loss(problem, support, query).loss, inputs)
+
+    expected, graph = step(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for value in captured.values():
+        value.zero_()
+    graph.replay()
+    assert all(torch.equal(captured[name], expected[name]) for name in expected)
+
+
+def test_what_is_not_finite_is_named_by_the_next_call():
+    problem, support, query = on_gpu(inner_problem(mlp(), 0.1, 3), *perceptron_sets(tasks=5), dtype=torch.float32)
+    executor = executor_of(problem, support.x)
+    before = executor.meta_loss(problem, support, query).task_losses.clone()
+    bad = support.x.detach().clone()
+    bad[3, 0, 0] = torch.nan
+    executor.meta_loss(problem, replace(support, x=bad), query)
+    torch.cuda.synchronize()
+    with pytest.raises(NonFiniteError, match=r"^in an earlier call, task 3, step 0: loss is nan"):
+        executor.meta_loss(problem, support, query)
+    assert torch.equal(executor.meta_loss(problem, support, query).task_losses, before)
+
+
+def test_running_out_of_memory_leaves_nothing_behind():
+    problem, support, query = on_gpu(inner_problem(mlp(), 0.1, 2), *perceptron_sets(), dtype=torch.float32)
+    executor = executor_of(problem, support.x)
+    before = executor.meta_loss(problem, support, query).task_losses.clone()
+    torch.cuda.set_per_process_memory_fraction(1e-6)
+    try:
+        torch.cuda.empty_cache()
+        with pytest.raises(torch.OutOfMemoryError):
+            executor.adapt(problem, replace(support, x=support.x.repeat(2000, 1, 1), y=support.y.repeat(2000, 1)))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert torch.equal(executor.meta_loss(problem, support, query).task_losses, before)
+
+
+def test_learners_and_evaluation_on_the_gpu():
+    episodes = mf.data.Episodes(mf.data.Sinusoids(), shots=5, queries=5, tasks=4)
+    maml = mf.MAML(mf.models.mlp([1, 40, 40, 1]).cuda(), 0.01, 3, loss="mse")
+    tasks = episodes.batch(0).to("cuda")
+    assert mf.check_gradients(maml, tasks)
+    with pytest.raises(ValueError, match="device of"):
+        maml(episodes.batch(0))
