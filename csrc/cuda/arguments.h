@@ -3,6 +3,7 @@
 
 #include "../call.h"
 #include "../loss.h"
+#include "block.h"
 #include "program.h"
 
 namespace metaaug::cuda {
@@ -11,14 +12,16 @@ namespace metaaug::cuda {
 inline constexpr int kMostParameters = 96;
 inline constexpr int kMostBuffers = 128;
 
-// A buffer of a task: in the block's shared memory or in its part of the workspace, so many elements from the start.
+// A buffer of a task: in its block's shared memory or in its team's part of the workspace, so many elements from the
+// start.
 struct Region {
   int64_t at = -1;
   bool shared = false;
 };
 
 struct Regions {
-  Region sums;        // of block_sum
+  Region tile;        // in shared memory, where not all else is
+  Region sums;        // of sum_all
   Region path;        // theta_0, and theta_k after each step or after the last alone
   Region gradient;    // of a step; then the adjoint
   Region tangent;     // the direction of a Hessian-vector product
@@ -77,7 +80,8 @@ struct Arguments {
 
   Regions regions;
   T* workspace;
-  int64_t workspace_size;  // elements of a block
+  int64_t workspace_size;  // elements of a team
+  TeamState* team_states;  // [teams], zero
   Failure* failures;       // [tasks]
   volatile int* failed;    // set if there is one
 };

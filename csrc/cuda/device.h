@@ -57,22 +57,41 @@ inline void from_device(void* target, const void* source, size_t bytes) {
 }
 inline void wait(void* stream) { check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream))); }
 
+// How many blocks of a kernel are at work at once.
 template <class Arguments>
-void launch(void (*kernel)(Arguments), int blocks, int threads, int64_t shared_bytes, void* stream,
-            const Arguments& arguments) {
+int resident(const Limits& limits, void (*kernel)(Arguments), int64_t shared_bytes) {
+  int blocks = 0;
   if (shared_bytes > (48 << 10))
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
-  kernel<<<blocks, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments);
-  check(cudaGetLastError());
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, limits.threads, shared_bytes));
+  return blocks * limits.multiprocessors;
+}
+
+// Of teams of several blocks, all must be resident.
+template <class Arguments>
+void launch(void (*kernel)(Arguments), int teams, int members, int threads, int64_t shared_bytes, void* stream,
+            Arguments arguments) {
+  void* pointers[] = {&arguments};
+  const auto queue = static_cast<cudaStream_t>(stream);
+  const auto function = reinterpret_cast<const void*>(kernel);
+  if (shared_bytes > (48 << 10))
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+  const dim3 grid(members, teams);
+  check(members > 1 ? cudaLaunchCooperativeKernel(function, grid, dim3(threads), pointers, shared_bytes, queue)
+                    : cudaLaunchKernel(function, grid, dim3(threads), pointers, shared_bytes, queue));
+}
+
+inline void clear(void* memory, size_t bytes, void* stream) {
+  check(cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream)));
 }
 #else
 struct Limits {
-  int multiprocessors = 2, threads = 96;  // some warps, and not a power of two
+  int multiprocessors = 6, threads = 64;
   int64_t shared_bytes = 0, shared_bytes_of_all = 0;
 
   static Limits of_current_device() {
     const int64_t bytes = emulation::shared_bytes();
-    return {2, 96, bytes, bytes};
+    return {6, 64, bytes, bytes};
   }
 };
 
@@ -87,10 +106,17 @@ inline void from_device(void* target, const void* source, size_t bytes) { std::m
 inline void wait(void*) {}
 
 template <class Arguments>
-void launch(void (*kernel)(Arguments), int blocks, int threads, int64_t shared_bytes, void*,
-            const Arguments& arguments) {
-  emulation::run(blocks, threads, size_t(shared_bytes), [&] { kernel(arguments); });
+int resident(const Limits& limits, void (*)(Arguments), int64_t) {
+  return limits.multiprocessors;
 }
+
+template <class Arguments>
+void launch(void (*kernel)(Arguments), int teams, int members, int threads, int64_t shared_bytes, void*,
+            const Arguments& arguments) {
+  emulation::run(teams, members, threads, size_t(shared_bytes), [&] { kernel(arguments); });
+}
+
+inline void clear(void* memory, size_t bytes, void*) { std::memset(memory, 0, bytes); }
 #endif
 
 // An array that outlives a call.

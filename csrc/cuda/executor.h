@@ -31,28 +31,28 @@ class Executor final : public Engine<T> {
     earlier.earlier = true;
     if (earlier.task >= 0) return earlier;
     Arguments<T> a = arguments(call, resources.stream);
-    const bool sums_rows = a.row_size > 0;
     const int64_t row_bytes = std::max<int64_t>(a.row_size * int64_t(sizeof(T)), 1);
     const int chunk = int(std::clamp<int64_t>(kRowBytes / row_bytes, 1, std::max(call.tasks, 1)));
-    const Layout layout = place(a, std::min(chunk, call.tasks));
-    const int most = layout.workspace ? blocks_at_once(layout) : chunk;
-    const int blocks = std::min({chunk, most, call.tasks});
-    a.regions = layout.regions;
-    a.workspace_size = layout.workspace;
-    a.workspace = allocate(resources, blocks * layout.workspace);
-    a.rows_out = allocate(resources, sums_rows ? chunk * a.row_size : 0);
+    const Teams teams = plan_teams(a, std::min(chunk, call.tasks));
+    a.regions = teams.layout.regions;
+    a.workspace_size = teams.layout.workspace;
+    a.workspace = allocate(resources, teams.count * teams.layout.workspace);
+    const size_t states_size = teams.count * sizeof(TeamState);
+    if (teams.members > 1) a.team_states = static_cast<TeamState*>(resources.allocate(int64_t(states_size)));
+    a.rows_out = allocate(resources, chunk * a.row_size);
     failures_.resize(call.tasks);
     a.failures = failures_.data();
     tasks_ = call.tasks;
     for (int first = 0; first < call.tasks; first += chunk) {
       a.first_task = first;
       a.tasks = std::min(chunk, call.tasks - first);
-      launch(run_tasks<T>, std::min(blocks, a.tasks), limits_.threads, layout.shared * int64_t(sizeof(T)),
+      if (teams.members > 1) clear(a.team_states, states_size, resources.stream);
+      launch(run_tasks<T>, std::min(teams.count, a.tasks), teams.members, limits_.threads, teams.shared_bytes,
              resources.stream, a);
       const auto sum = [&](T* to, int64_t at, int64_t columns, T scale) {
         if (!to || columns == 0) return;
         const Columns<T> c{a.rows_out, a.tasks, a.row_size, at, columns, to, scale, first > 0};
-        launch(sum_columns<T>, int((columns + kWarp - 1) / kWarp), limits_.threads,
+        launch(sum_columns<T>, int(std::min<int64_t>((columns + kWarp - 1) / kWarp, kMostTeams)), 1, limits_.threads,
                limits_.threads * int64_t(sizeof(T)), resources.stream, c);
       };
       sum(call.grad_parameters, 0, a.flat, T(1));
@@ -172,27 +172,44 @@ class Executor final : public Engine<T> {
     return a;
   }
 
-  // With many tasks, several blocks share a multiprocessor.
-  Layout place(const Arguments<T>& a, int tasks) const {
-    const int together = std::clamp(tasks / std::max(limits_.multiprocessors, 1), 1, kMostTogether);
-    const int64_t share = std::min(limits_.shared_bytes, limits_.shared_bytes_of_all / together - kReserved);
-    const bool second_order = a.reverse && !a.first_order;
-    int slots = second_order ? std::min(a.steps, kMostSlots) : 1;
-    if (a.has_support) {
-      const int64_t bytes = Layout::frame(a.support, a.loss, a.rows != nullptr) * int64_t(sizeof(T));
-      const int blocks = std::min(tasks, limits_.multiprocessors * together);
-      slots = int(std::clamp<int64_t>(kept_bytes() / (bytes * blocks), 1, std::max(slots, 1)));
+  struct Teams {
+    int count = 0, members = 1;  // count: at once; a team takes one task after the other
+    Layout layout;
+    int64_t shared_bytes = 0;
+  };
+
+  // A block takes a task whose buffers fit in its shared memory. Where they do not, and there are fewer tasks than
+  // blocks that can be at work, a team of blocks takes one, and its buffers lie in the workspace.
+  Teams plan_teams(const Arguments<T>& a, int tasks) const {
+    Teams teams;
+    const int processors = limits_.multiprocessors, warps = limits_.threads / kWarp;
+    const auto elements = [](int64_t bytes) { return bytes / int64_t(sizeof(T)); };
+    const auto use = [&](const Layout& layout) {
+      teams.layout = layout;
+      teams.shared_bytes = layout.shared * int64_t(sizeof(T));
+    };
+    teams.count = std::min(tasks, kMostTeams);
+    for (int together = std::clamp(tasks / processors, 1, kMostTogether); together > 0; --together) {
+      const int64_t share = std::min(limits_.shared_bytes, limits_.shared_bytes_of_all / together - kReserved);
+      const int kept = slots(a, std::min(teams.count, processors * together));
+      use(Layout::in_shared_memory(a, warps, elements(share), kept));
+      if (teams.layout.workspace == 0) return teams;
     }
-    Layout layout = Layout::plan(a, share / int64_t(sizeof(T)), std::max(slots, 1));
-    // What fits a multiprocessor alone, but not several times, is better off alone than in the workspace.
-    if (layout.workspace && together > 1)
-      layout = Layout::plan(a, limits_.shared_bytes / int64_t(sizeof(T)), std::max(slots, 1));
-    return layout;
+    const int64_t tile = tile_size(limits_.threads);
+    use(Layout::of(a, warps, elements(limits_.shared_bytes), slots(a, std::min(tasks, processors)), tile));
+    const int alone = std::max(resident(limits_, run_tasks<T>, teams.shared_bytes), 1);
+    const int blocks = std::max(resident(limits_, run_tasks<T>, tile * int64_t(sizeof(T))), 1);
+    teams.members = std::min(blocks / std::min(teams.count, blocks), kMostMembers);
+    teams.count = std::min(teams.count, teams.members > 1 ? blocks : alone);
+    if (teams.members > 1) use(Layout::of(a, warps * teams.members, 0, slots(a, teams.count), tile));
+    return teams;
   }
 
-  int blocks_at_once(const Layout& layout) const {
-    const int64_t bytes = layout.shared * int64_t(sizeof(T)) + kReserved;
-    return limits_.multiprocessors * int(std::clamp<int64_t>(limits_.shared_bytes_of_all / bytes, 1, kMostTogether));
+  // How many steps' frames are kept.
+  int slots(const Arguments<T>& a, int teams) const {
+    if (!a.has_support || !a.reverse || a.first_order) return 1;
+    const int64_t bytes = Layout::frame(a.support, a.loss, a.rows != nullptr) * int64_t(sizeof(T));
+    return int(std::clamp<int64_t>(kept_bytes() / (bytes * teams), 1, std::min(a.steps, kMostSlots)));
   }
 
   // What the device has reported so far.
@@ -212,7 +229,7 @@ class Executor final : public Engine<T> {
     return {};
   }
 
-  static constexpr int kMostTogether = 4;
+  static constexpr int kMostTeams = 32768, kMostMembers = 32, kMostTogether = 4;
   static constexpr int64_t kReserved = 1 << 10;  // what the system takes of each block's shared memory
 
   const Graph graph_;

@@ -1,4 +1,4 @@
-// The four passes over a network by one block: forward, backward, and the tangents of both.
+// The four passes over a network by one team: forward, backward, and the tangents of both.
 #pragma once
 
 #include "ops/table.h"
@@ -22,6 +22,7 @@ template <class T>
 struct Passes {
   const Program& net;
   const T* const* frozen;  // mean and variance of each batch norm that has them
+  T* tile;
 
   // `again`: not for the first time on this task, so that still ops are done.
   METAAUG_DEVICE void forward(const Frame<T>& frame, const T* theta, const Pass& pass, bool again = false) const {
@@ -109,6 +110,7 @@ struct Passes {
     OpCall<T> call;
     call.node = &node;
     call.images = net.images;
+    call.tile = tile;
     for (int j = 0; j < 2; ++j) {
       if (node.op.input[j] >= 0) call.x[j] = value_of(frame, node.op.input[j]);
       if (node.op.param[j] >= 0) call.p[j] = theta + parameter_at(node, j, pass);

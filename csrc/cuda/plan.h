@@ -79,31 +79,24 @@ class Network {
   Array<Place, DeviceMemory> places_;
 };
 
-// Where a task's buffers lie: what is used most often in shared memory, as far as it goes, the rest in the workspace.
+// Where a task's buffers lie: in shared memory, or what is used most often there and the rest in the workspace.
 struct Layout {
   Regions regions;
   int64_t shared = 0, workspace = 0;  // elements
 
-  // `shared_limit` elements of shared memory, and frames for at most `most_slots` steps.
+  // Everything in shared memory, with frames for as many steps as fit: at least one, at most `most_slots`. Elements in
+  // `workspace` say that not even this fits.
   template <class T>
-  static Layout plan(const Arguments<T>& a, int64_t shared_limit, int most_slots) {
-    Layout layout;
-    for (int slots = most_slots; slots > 0; --slots) {
-      layout = of(a, shared_limit, slots);
-      if (layout.workspace == 0) return layout;
-    }
-    return of(a, shared_limit, most_slots);
+  static Layout in_shared_memory(const Arguments<T>& a, int warps, int64_t shared_limit, int most_slots) {
+    Layout layout = of(a, warps, shared_limit, most_slots, 0);
+    for (int slots = most_slots - 1; slots > 0 && layout.workspace > 0; --slots)
+      layout = of(a, warps, shared_limit, slots, 0);
+    return layout;
   }
 
-  // Elements of a frame: values, adjoints, what ops and the loss save, and its own input.
-  static int64_t frame(const Program& p, LossKind loss, bool input) {
-    const int64_t probabilities = loss == LossKind::kCrossEntropy ? p.images * p.result.size() : 0;
-    return (p.values + p.adjoints + p.saved + probabilities + (input ? p.input : 0) + 3) / 4 * 4;
-  }
-
- private:
+  // For teams of so many warps in all: `tile` elements of shared memory for tiles, and of the rest what fits there.
   template <class T>
-  static Layout of(const Arguments<T>& a, int64_t shared_limit, int slots) {
+  static Layout of(const Arguments<T>& a, int warps, int64_t shared_limit, int slots, int64_t tile) {
     Layout layout;
     Regions& r = layout.regions;
     const auto put = [&](Region& region, int64_t size, bool wanted) {
@@ -117,7 +110,8 @@ struct Layout {
     const int64_t query = a.has_query ? frame(a.query, a.loss, true) : 0;
     r.slots_kept = slots;
     r.slot = a.has_support ? frame(support, a.loss, a.rows != nullptr) : 0;
-    put(r.sums, kMostWarps, true);
+    if (tile) r.tile = {take(layout.shared, tile), true};
+    put(r.sums, warps, true);
     put(r.gradient, a.flat, true);
     put(r.tangent, a.flat, second_order);
     put(r.slots, slots * r.slot, a.has_support);
@@ -132,7 +126,11 @@ struct Layout {
     return layout;
   }
 
-  static constexpr int64_t kMostWarps = 32;
+  // Elements of a frame: values, adjoints, what ops and the loss save, and its own input.
+  static int64_t frame(const Program& p, LossKind loss, bool input) {
+    const int64_t probabilities = loss == LossKind::kCrossEntropy ? p.images * p.result.size() : 0;
+    return (p.values + p.adjoints + p.saved + probabilities + (input ? p.input : 0) + 3) / 4 * 4;
+  }
 };
 
 }  // namespace metaaug::cuda

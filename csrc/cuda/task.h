@@ -1,4 +1,4 @@
-// One task by one block: K steps forward, the query, K steps back; the recursions are those of cpu/executor.h. Every
+// One task by one team: K steps forward, the query, K steps back; the recursions are those of cpu/executor.h. Every
 // thread runs this; what is not spread over them by `each` is the same in all.
 #pragma once
 
@@ -20,6 +20,7 @@ class Task {
     directions = place(r.directions);
     second = place(r.second);
     carry = place(r.carry);
+    tile = place(r.tile);
     rate_row = row + (a.row_size - (a.sums_rates ? a.rates : 0));
   }
 
@@ -54,7 +55,7 @@ class Task {
   METAAUG_DEVICE T* place(const Region& region) const {
     if (region.at < 0) return nullptr;
     return region.shared ? reinterpret_cast<T*>(shared_memory()) + region.at
-                         : a.workspace + block() * a.workspace_size + region.at;
+                         : a.workspace + team() * a.workspace_size + region.at;
   }
 
   METAAUG_DEVICE static void clear(T* values, int64_t size) {
@@ -74,7 +75,7 @@ class Task {
   METAAUG_DEVICE T* direction(int k) const { return directions + (a.keep_directions ? k * a.flat : 0); }
   METAAUG_DEVICE bool kept(int k) const { return k >= a.steps - a.regions.slots_kept; }
   METAAUG_DEVICE Pass pass(int index, int step) const { return {step, a.seed, uint32_t(task), uint32_t(index)}; }
-  METAAUG_DEVICE Passes<T> passes(const Program& net) const { return {net, a.frozen}; }
+  METAAUG_DEVICE Passes<T> passes(const Program& net) const { return {net, a.frozen, tile}; }
 
   METAAUG_DEVICE Frame<T> frame(T* memory, const Program& net) const {
     Frame<T> f;
@@ -211,7 +212,7 @@ class Task {
       const int64_t at = n * plan.classes;
       total += plan.value(y, int(n), z + at, T(1), p + at, dz + at, static_cast<T*>(nullptr));
     });
-    total = block_sum(total, sums);
+    total = sum_all(total, sums);
     if (net.output_moves) run.backward(f, theta(k), pass(2 * k, k), false, grad);
     return total;
   }
@@ -289,8 +290,8 @@ class Task {
         total += plan.value(y, int(n), z + at, scale, probabilities(net, f) + at, dz ? dz + at : nullptr, dy);
         if (is_last && a.accuracy) right += T(plan.right(y, int(n), z + at));
       });
-      total = block_sum(total, sums);
-      if (is_last && a.accuracy) right = block_sum(right, sums);
+      total = sum_all(total, sums);
+      if (is_last && a.accuracy) right = sum_all(right, sums);
       check(total, k, true);
       if (thread() == 0) {
         if (a.step_losses && k > 0) a.step_losses[int64_t{task} * a.steps + k - 1] = total;
@@ -353,7 +354,7 @@ class Task {
       } else {
         T sum = 0;
         each(size, [&](int64_t i) { sum += v[first + i] * m[first + i]; });
-        sum = block_sum(sum, sums);
+        sum = sum_all(sum, sums);
         if (thread() == 0) to[rate_at(p, k, 0)] -= sum;
       }
     }
@@ -396,7 +397,7 @@ class Task {
   const Arguments<T>& a;
   const int task;
   T* const row;
-  T *sums, *path, *gradient, *tangent, *directions, *second, *carry, *rate_row;
+  T *sums, *path, *gradient, *tangent, *directions, *second, *carry, *tile, *rate_row;
 };
 
 }  // namespace metaaug::cuda

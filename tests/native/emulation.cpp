@@ -20,7 +20,7 @@
 namespace metaaug::cuda::emulation {
 namespace {
 
-enum class State { kReady, kAtBarrier, kInWarp, kEnded };
+enum class State { kReady, kAtBarrier, kAtBlockBarrier, kInWarp, kEnded };
 
 constexpr size_t kStack = 256 << 10;
 constexpr size_t kGuard = 64;  // bytes behind shared memory that nobody may write
@@ -57,10 +57,10 @@ struct Machine {
   const void* scheduler_stack = nullptr;
   size_t scheduler_size = 0;
   std::vector<Fiber> fibers;
-  std::unique_ptr<char[]> shared;
+  std::vector<std::unique_ptr<char[]>> shared;  // of each block of the team
   size_t shared_bytes = 0;
   const std::function<void()>* kernel = nullptr;
-  int current = 0, threads = 0, block = 0, blocks = 0;
+  int current = 0, threads = 0, members = 0, team = 0, teams = 0;
   bool any = false;
 };
 
@@ -125,7 +125,11 @@ void release_warps() {
   }
 }
 
-void release_barrier() {
+void release_barriers() {
+  const size_t threads = machine.threads;
+  for (size_t first = 0; first < machine.fibers.size(); first += threads)
+    if (all(first, first + threads, State::kAtBlockBarrier))
+      for (size_t i = first; i < first + threads; ++i) machine.fibers[i].state = State::kReady;
   if (!all(0, machine.fibers.size(), State::kAtBarrier)) return;
   machine.any = false;
   for (Fiber& fiber : machine.fibers) {
@@ -135,19 +139,20 @@ void release_barrier() {
 }
 
 void check_progress() {
-  int count[4] = {};
+  int count[5] = {};
   for (const Fiber& fiber : machine.fibers) ++count[int(fiber.state)];
   if (count[int(State::kReady)] || count[int(State::kEnded)] == int(machine.fibers.size())) return;
   const auto number = [&](State state) { return std::to_string(count[int(state)]); };
-  throw std::logic_error("block " + std::to_string(machine.block) + ": of " + std::to_string(machine.threads) +
-                         " threads, " + number(State::kAtBarrier) + " wait at a barrier, " + number(State::kInWarp) +
+  throw std::logic_error("team " + std::to_string(machine.team) + ": of " + std::to_string(machine.fibers.size()) +
+                         " threads, " + number(State::kAtBarrier) + " wait at a barrier, " +
+                         number(State::kAtBlockBarrier) + " at their block's, " + number(State::kInWarp) +
                          " in a warp's sum, and " + number(State::kEnded) + " have ended");
 }
 
-void run_block(std::mt19937& generator) {
-  std::memset(machine.shared.get(), kPoison, machine.shared_bytes + kGuard);
-  std::vector<int> order(machine.threads);
-  for (int i = 0; i < machine.threads; ++i) {
+void run_team(std::mt19937& generator) {
+  for (const auto& shared : machine.shared) std::memset(shared.get(), kPoison, machine.shared_bytes + kGuard);
+  std::vector<int> order(machine.fibers.size());
+  for (size_t i = 0; i < order.size(); ++i) {
     Fiber& fiber = machine.fibers[i];
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
@@ -155,7 +160,7 @@ void run_block(std::mt19937& generator) {
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, entry, 0);
     fiber.state = State::kReady;
-    order[i] = i;
+    order[i] = int(i);
   }
   while (!all(0, machine.fibers.size(), State::kEnded)) {
     std::shuffle(order.begin(), order.end(), generator);
@@ -165,12 +170,14 @@ void run_block(std::mt19937& generator) {
       enter(machine.fibers[i]);
     }
     release_warps();
-    release_barrier();
+    release_barriers();
     check_progress();
   }
-  const char* guard = machine.shared.get() + machine.shared_bytes;
-  if (std::any_of(guard, guard + kGuard, [](char byte) { return static_cast<unsigned char>(byte) != kPoison; }))
-    throw std::logic_error("block " + std::to_string(machine.block) + " wrote beyond its shared memory");
+  for (const auto& shared : machine.shared) {
+    const char* guard = shared.get() + machine.shared_bytes;
+    if (std::any_of(guard, guard + kGuard, [](char byte) { return static_cast<unsigned char>(byte) != kPoison; }))
+      throw std::logic_error("team " + std::to_string(machine.team) + " wrote beyond its shared memory");
+  }
 }
 
 uint32_t next_seed() {
@@ -183,15 +190,17 @@ uint32_t next_seed() {
 
 }  // namespace
 
-void run(int blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
-  machine.blocks = blocks;
+void run(int teams, int members, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
+  machine.teams = teams;
+  machine.members = members;
   machine.threads = threads;
   machine.shared_bytes = shared_bytes;
-  machine.shared.reset(new char[shared_bytes + kGuard]);
+  machine.shared.clear();
+  for (int i = 0; i < members; ++i) machine.shared.emplace_back(new char[shared_bytes + kGuard]);
   machine.kernel = &kernel;
-  machine.fibers.resize(threads);
+  machine.fibers.resize(size_t(members) * threads);
   std::mt19937 generator(next_seed());
-  for (machine.block = 0; machine.block < blocks; ++machine.block) run_block(generator);
+  for (machine.team = 0; machine.team < teams; ++machine.team) run_team(generator);
 }
 
 int64_t shared_bytes() {
@@ -199,11 +208,14 @@ int64_t shared_bytes() {
   return asked ? std::strtoll(asked, nullptr, 10) : 64 << 10;
 }
 
-int thread() { return machine.current; }
+int thread() { return machine.current % machine.threads; }
 int threads() { return machine.threads; }
-int block() { return machine.block; }
-int blocks() { return machine.blocks; }
-char* shared_memory() { return machine.shared.get(); }
+int member() { return machine.current / machine.threads; }
+int members() { return machine.members; }
+int team() { return machine.team; }
+int teams() { return machine.teams; }
+char* shared_memory() { return machine.shared[member()].get(); }
+void block_sync() { leave(State::kAtBlockBarrier); }
 
 bool sync_or(bool value) {
   machine.fibers[machine.current].vote = value;

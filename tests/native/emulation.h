@@ -1,5 +1,5 @@
-// A GPU's blocks on the host, for csrc/cuda/block.h: one block after the other, its threads as fibers that run in
-// another random order after every barrier. It finds wrong indices, missing barriers and reads of what nobody wrote;
+// A GPU's blocks on the host, for csrc/cuda/block.h: one team of blocks after the other, its threads as fibers that run
+// in another random order after every barrier. It finds wrong indices, missing barriers and reads of what nobody wrote;
 // it says nothing about speed.
 #pragma once
 
@@ -9,19 +9,22 @@
 
 namespace metaaug::cuda::emulation {
 
-// Runs kernel() in every thread of every block; throws std::logic_error if threads part at a barrier, or one writes
-// beyond shared memory. Shared memory is full of NaN before each block. Orders come from METAAUG_EMULATION_SEED, or
-// are others in each process.
-void run(int blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel);
+// Runs kernel() in every thread of every block, of which each team has `members`; throws std::logic_error if threads
+// part at a barrier, or one writes beyond shared memory. Shared memory is full of NaN before each block. Orders come
+// from METAAUG_EMULATION_SEED, or are others in each process.
+void run(int teams, int members, int threads, size_t shared_bytes, const std::function<void()>& kernel);
 
 // Bytes of shared memory that a block may have: METAAUG_EMULATION_SHARED, or 64 KiB.
 int64_t shared_bytes();
 
 int thread();
 int threads();
-int block();
-int blocks();
-bool sync_or(bool value);
+int member();
+int members();
+int team();
+int teams();
+void block_sync();
+bool sync_or(bool value);  // of the team
 char* shared_memory();
 
 // Gives `size` bytes at `value` to the warp's lanes, whose values `combine` makes into one, in place; every lane gets

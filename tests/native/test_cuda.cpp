@@ -14,7 +14,7 @@ using cuda::each;
 
 std::string error_of(int threads, int64_t shared, const std::function<void()>& kernel) {
   try {
-    cuda::emulation::run(2, threads, shared, kernel);
+    cuda::emulation::run(2, 1, threads, shared, kernel);
   } catch (const std::logic_error& error) {
     return error.what();
   }
@@ -31,7 +31,7 @@ std::vector<int> reversed(bool barrier) {
     if (barrier) cuda::sync();
     result[cuda::thread()] = shared[count - 1 - cuda::thread()];
   };
-  cuda::emulation::run(1, count, count * sizeof(int), kernel);
+  cuda::emulation::run(1, 1, count, count * sizeof(int), kernel);
   return result;
 }
 
@@ -40,8 +40,8 @@ void check_emulation() {
   for (int i = 0; i < int(good.size()); ++i) CHECK(good[i] == int(good.size()) - 1 - i, "%d at %d", good[i], i);
   CHECK(bad != good, "a missing barrier is not seen");
 
-  std::vector<int> visits(2 * 64);
-  cuda::emulation::run(2, 64, 0, [&] { ++visits[cuda::block() * cuda::threads() + cuda::thread()]; });
+  std::vector<int> visits(2 * 3 * 64);
+  cuda::emulation::run(2, 3, 64, 0, [&] { ++visits[cuda::team() * cuda::threads() + cuda::thread()]; });
   for (int each : visits) CHECK(each == 1, "%d visits", each);
 
   const auto some = [](int last) {
@@ -50,9 +50,9 @@ void check_emulation() {
     };
   };
   CHECK(error_of(64, 0, some(64)).empty(), "a barrier that all reach");
-  CHECK(
-      error_of(64, 0, some(40)) == "block 0: of 64 threads, 40 wait at a barrier, 0 in a warp's sum, and 24 have ended",
-      "%s", error_of(64, 0, some(40)).c_str());
+  CHECK(error_of(64, 0, some(40)) ==
+            "team 0: of 64 threads, 40 wait at a barrier, 0 at their block's, 0 in a warp's sum, and 24 have ended",
+        "%s", error_of(64, 0, some(40)).c_str());
   const auto lanes = [] {
     if (cuda::thread() != 35) cuda::warp_sum(1.0);
   };
@@ -60,27 +60,33 @@ void check_emulation() {
   const auto beyond = [] {
     if (cuda::thread() == 3) *const_cast<volatile char*>(cuda::shared_memory() + 100) = 0;
   };
-  CHECK(error_of(32, 100, beyond) == "block 0 wrote beyond its shared memory", "%s", error_of(32, 100, beyond).c_str());
+  CHECK(error_of(32, 100, beyond) == "team 0 wrote beyond its shared memory", "%s", error_of(32, 100, beyond).c_str());
 
   double unwritten = 0;
-  cuda::emulation::run(1, 32, 64, [&] {
+  cuda::emulation::run(1, 1, 32, 64, [&] {
     if (cuda::thread() == 0) unwritten = *reinterpret_cast<double*>(cuda::shared_memory());
   });
   CHECK(std::isnan(unwritten), "shared memory starts as %g", unwritten);
 
-  for (const int threads : {32, 96, 256}) {
-    std::vector<double> sums(threads), votes(threads);
-    cuda::emulation::run(1, threads, 32 * sizeof(double), [&] {
-      const int i = cuda::thread();
-      double* scratch = reinterpret_cast<double*>(cuda::shared_memory());
-      sums[i] = cuda::block_sum(double(i), scratch) + 1e6 * cuda::block_sum(1.0, scratch);
-      votes[i] = cuda::sync_or(i == 17) + 2 * cuda::sync_or(false);
-    });
-    for (int i = 0; i < threads; ++i) {
-      CHECK(sums[i] == threads * (threads - 1) / 2 + 1e6 * threads, "a sum of %g", sums[i]);
-      CHECK(votes[i] == 1, "votes of %g", votes[i]);
+  for (const int threads : {32, 96, 256})
+    for (const int members : {1, 3}) {
+      const int all = members * threads;
+      std::vector<double> sums(all), votes(all), scratch(all / 32), local(all);
+      cuda::emulation::run(1, members, threads, 8 * threads, [&] {
+        const int i = cuda::thread();
+        double* shared = reinterpret_cast<double*>(cuda::shared_memory());
+        shared[cuda::block_thread()] = i;
+        if (cuda::member() != 1) cuda::block_sync();  // a block's own barrier is no other's
+        if (cuda::member() != 1) local[i] = shared[threads - 1 - cuda::block_thread()];
+        sums[i] = cuda::sum_all(double(i), scratch.data()) + 1e6 * cuda::sum_all(1.0, scratch.data());
+        votes[i] = cuda::sync_or(i == 17) + 2 * cuda::sync_or(false);
+      });
+      for (int i = 0; i < all; ++i) {
+        CHECK(sums[i] == all * (all - 1) / 2 + 1e6 * all, "a sum of %g", sums[i]);
+        CHECK(votes[i] == 1, "votes of %g", votes[i]);
+        if (i / threads != 1) CHECK(local[i] == i / threads * threads + threads - 1 - i % threads, "%g", local[i]);
+      }
     }
-  }
 }
 
 // --- the engine -----------------------------------------------------------------------------------------------------
@@ -89,13 +95,12 @@ void check_everything(const Problem& p) {
   const Problem single = rounded(p);
   const Values<double> expected = run(p, *cpu::make_engine<double>(p.graph));
   const Values<double> exact = run(single, *cpu::make_engine<double>(p.graph));
-  std::vector<Values<double>> found;
   for (const char* shared : {"1024", "9000", "200000"}) {  // next to nothing there, some of it, or all
     setenv("METAAUG_EMULATION_SHARED", shared, 1);
     Emulated<double> engine(p.graph);
-    for (int repeat = 0; repeat < 2; ++repeat) found.push_back(run(p, engine));
-    CHECK_CLOSE(found.back(), expected, 1e-9);
-    CHECK(same_bits(found.front(), found.back()), "other bits with another order or other places");
+    const Values<double> found = run(p, engine);
+    CHECK_CLOSE(found, expected, 1e-9);
+    CHECK(same_bits(run(p, engine), found), "other bits with another order of threads");
     Emulated<float> in_single(p.graph);
     CHECK_CLOSE(run(single, in_single), exact, 5e-3);
   }

@@ -1,16 +1,14 @@
-// conv2d, and linear as its 1x1 case on a 1x1 picture. A tangent is two products, added up in one pass.
+// conv2d, and linear as its 1x1 case on a 1x1 picture. A tangent is two products, added up in one pass. What lies in
+// shared memory is read from there; what does not, goes through tiles.
 #pragma once
 
-#include "op.h"
+#include "conv2d_tiles.h"
 
 namespace metaaug::cuda {
 
 template <class T>
 struct Conv2d {
-  // One product to be added up.
-  struct Product {
-    const T *a, *b;
-  };
+  using Product = typename Conv2dTiles<T>::Product;
 
   METAAUG_DEVICE static void forward(const OpCall<T>& call) {
     const Product product[] = {{call.x[0], call.p[0]}};
@@ -96,6 +94,7 @@ struct Conv2d {
     const Node& node = *call.node;
     const Op& op = node.op;
     const Shape &in = node.in[0], &out = node.out;
+    if (call.tile) return Conv2dTiles<T>(call).convolve(products, terms, bias, y);
     if (linear(node)) {
       const int inputs = in.channels, outputs = out.channels;
       return multiply(
@@ -132,6 +131,7 @@ struct Conv2d {
     const Op& op = node.op;
     const Shape &in = node.in[0], &out = node.out;
     const bool accumulate = call.accumulate[0];
+    if (call.tile) return Conv2dTiles<T>(call).convolve_back(products, terms, dx);
     if (linear(node)) {
       const int inputs = in.channels, outputs = out.channels;
       return multiply(
@@ -168,6 +168,7 @@ struct Conv2d {
     const Node& node = *call.node;
     const Op& op = node.op;
     const Shape &in = node.in[0], &out = node.out;
+    if (call.tile) return Conv2dTiles<T>(call).weight_gradient(products, terms, dw);
     if (linear(node)) {
       const int inputs = in.channels, outputs = out.channels;
       const Product turned[2] = {{products[0].b, products[0].a},

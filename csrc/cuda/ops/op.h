@@ -1,4 +1,4 @@
-// What every op's device code is given, and how it runs: all threads of a block call it, each does its share, and the
+// What every op's device code is given, and how it runs: all threads of a team call it, each does its share, and the
 // caller puts a barrier behind it.
 #pragma once
 
@@ -30,6 +30,7 @@ struct OpCall {
   T* saved_tangent = nullptr;
   const T* frozen[2] = {};  // mean, variance
   uint32_t key = 0;         // dropout
+  T* tile = nullptr;        // room in shared memory for tiles, where tasks lie in global memory
 
   METAAUG_DEVICE bool moves() const { return x_t[0] || x_t[1] || p_t[0] || p_t[1]; }
   METAAUG_DEVICE int64_t size() const { return images * node->out.size(); }
