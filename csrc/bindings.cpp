@@ -130,6 +130,14 @@ PYBIND11_MODULE(_C, m) {
         if (interrupted) throw py::error_already_set();
         return result;
       });
+  m.def(
+      "sample_episodes",
+      [](const at::Tensor& images, const at::Tensor& first, const at::Tensor& sizes, uint64_t key, int tasks, int ways,
+         int shots, int queries, bool in_double) {
+        return sample_episodes(images, first, sizes, key, tasks, ways, shots, queries,
+                               in_double ? at::kDouble : at::kFloat);
+      },
+      py::call_guard<py::gil_scoped_release>());
   m.def("instruction_set", &cpu::instruction_set);
   m.attr("cuda") = kCuda;
 }

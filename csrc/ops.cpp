@@ -50,6 +50,20 @@ class Pointers {
   std::vector<at::Tensor> kept_;
 };
 
+// The stream of what is queued on a device, which is the current one meanwhile.
+#if defined(METAAUG_CUDA)
+struct OnDevice {
+  explicit OnDevice(at::Device device) : guard(device) {}
+  void* stream() const { return c10::cuda::getCurrentCUDAStream().stream(); }
+  c10::cuda::CUDAGuard guard;
+};
+#elif defined(METAAUG_EMULATION)
+struct OnDevice {
+  explicit OnDevice(at::Device) {}
+  void* stream() const { return nullptr; }
+};
+#endif
+
 // As many threads as torch is set to use. The calling one polls for interrupts now and then, the others see what it
 // found.
 cpu::Parallel on_all_threads(const std::function<bool()>& poll, std::atomic<bool>& interrupted) {
@@ -78,7 +92,7 @@ cpu::Parallel on_all_threads(const std::function<bool()>& poll, std::atomic<bool
 #if defined(METAAUG_CUDA)
 template <class T>
 NonFinite FusedEngine::run_cuda(const Call<T>& call, at::Device device) {
-  const c10::cuda::CUDAGuard guard(device);
+  const OnDevice current(device);
   auto& engine = engines<T>().cuda[device.index()];
   if (!engine) engine = cuda::make_engine<T>(graph_);
   std::vector<at::Tensor> memory;  // freed in the order of the stream
@@ -86,7 +100,7 @@ NonFinite FusedEngine::run_cuda(const Call<T>& call, at::Device device) {
     memory.push_back(at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device)));
     return memory.back().mutable_data_ptr();
   };
-  return engine->run(call, {c10::cuda::getCurrentCUDAStream().stream(), allocate}, false);
+  return engine->run(call, {current.stream(), allocate}, false);
 }
 #else
 template <class T>
@@ -226,5 +240,64 @@ std::map<std::string, at::Tensor> FusedEngine::run(const Settings& settings, con
   if (x.scalar_type() == at::kDouble) return run_as<double>(settings, inputs, outputs, poll);
   TORCH_CHECK_VALUE(false, "support_x must be float32 or float64 (got ", x.scalar_type(), ")");
 }
+
+#if defined(METAAUG_CUDA) || defined(METAAUG_EMULATION)
+namespace {
+
+template <class T>
+std::vector<at::Tensor> sample_as(const at::Tensor& images, const at::Tensor& first, const at::Tensor& sizes,
+                                  cuda::Episodes<T> e) {
+  const auto x = [&](int count) {
+    std::vector<int64_t> shape = images.sizes().vec();
+    shape[0] = e.ways * count;
+    shape.insert(shape.begin(), e.tasks);
+    return at::empty(shape, images.options().dtype(at::CppTypeToScalarType<T>::value));
+  };
+  const auto y = [&](int count) { return at::empty({e.tasks, e.ways * count}, images.options().dtype(at::kLong)); };
+  const std::vector<at::Tensor> result = {x(e.shots), y(e.shots), x(e.queries), y(e.queries)};
+  e.images = images.const_data_ptr();
+  e.first = first.const_data_ptr<int64_t>();
+  e.sizes = sizes.const_data_ptr<int64_t>();
+  e.support_x = result[0].mutable_data_ptr<T>();
+  e.support_y = result[1].mutable_data_ptr<int64_t>();
+  e.query_x = result[2].mutable_data_ptr<T>();
+  e.query_y = result[3].mutable_data_ptr<int64_t>();
+  const OnDevice device(images.device());
+  cuda::draw_episodes(e, device.stream());
+  return result;
+}
+
+}  // namespace
+
+std::vector<at::Tensor> sample_episodes(const at::Tensor& images, const at::Tensor& first, const at::Tensor& sizes,
+                                        uint64_t key, int tasks, int ways, int shots, int queries,
+                                        at::ScalarType dtype) {
+  const auto pixel = [&] {
+    if (images.scalar_type() == at::kByte) return cuda::Pixel::kByte;
+    return images.scalar_type() == at::kFloat ? cuda::Pixel::kFloat : cuda::Pixel::kDouble;
+  };
+  const auto drawn = [&](auto e) {
+    e.pixel = pixel();
+    e.sample = images.numel() / std::max<int64_t>(images.size(0), 1);
+    e.classes = first.numel();
+    e.key = key;
+    e.tasks = tasks;
+    e.ways = ways;
+    e.shots = shots;
+    e.queries = queries;
+    return sample_as(images.contiguous(), first.contiguous(), sizes.contiguous(), e);
+  };
+  for (const at::Tensor& tensor : {first, sizes})
+    TORCH_CHECK_VALUE(tensor.device() == images.device() && tensor.scalar_type() == at::kLong,
+                      "first and sizes must be int64 on ", images.device(), " (got ", tensor.scalar_type(), " on ",
+                      tensor.device(), ")");
+  return dtype == at::kDouble ? drawn(cuda::Episodes<double>()) : drawn(cuda::Episodes<float>());
+}
+#else
+std::vector<at::Tensor> sample_episodes(const at::Tensor& images, const at::Tensor&, const at::Tensor&, uint64_t, int,
+                                        int, int, int, at::ScalarType) {
+  TORCH_CHECK_VALUE(false, "images must be on the CPU, for this build has no CUDA engine (got ", images.device(), ")");
+}
+#endif
 
 }  // namespace metaaug

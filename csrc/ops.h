@@ -65,6 +65,12 @@ class FusedEngine {
   std::tuple<Engines<float>, Engines<double>> engines_;
 };
 
+// Draws tasks from images [N, ...] that lie on a GPU, grouped by class: class c has sizes[c] of them from first[c] on.
+// `key` is the batch's, see metaaug_fast/data/draws.py. Gives support x and y, query x and y.
+std::vector<at::Tensor> sample_episodes(const at::Tensor& images, const at::Tensor& first, const at::Tensor& sizes,
+                                        uint64_t key, int tasks, int ways, int shots, int queries,
+                                        at::ScalarType dtype);
+
 // Thrown when NaN or infinity arises; bindings turn it into metaaug_fast.NonFiniteError.
 struct NonFiniteError {
   std::string message;

@@ -102,6 +102,17 @@ class FusedEngine:
     def __init__(self, graph: Graph) -> None: ...
     def run(self, settings: Settings, inputs: Inputs, outputs: Sequence[str]) -> dict[str, Tensor]: ...
 
+def sample_episodes(
+    images: Tensor,
+    first: Tensor,
+    sizes: Tensor,
+    key: int,
+    tasks: int,
+    ways: int,
+    shots: int,
+    queries: int,
+    in_double: bool,
+) -> list[Tensor]: ...
 def instruction_set() -> str: ...
 
 cuda: bool

@@ -6,6 +6,7 @@ What is imported here is collected here too, and runs with an extension whose ev
 from pathlib import Path
 
 import pytest
+import torch
 from test_fused import (  # noqa: F401
     test_a_loss_of_ones_own_on_predictions_of_adapted_weights,
     test_random_networks,
@@ -17,6 +18,9 @@ from test_inner_loop import test_weights_and_gradients_are_the_references  # noq
 from torch.utils import cpp_extension
 
 from metaaug_fast import fused
+from metaaug_fast.data import ClassImages, images
+from metaaug_fast.data.draws import Draws
+from metaaug_fast.data.episodes import EpisodeSpec
 
 ROOT = Path(__file__).parents[1]
 NATIVE = ROOT / "tests" / "native"
@@ -34,7 +38,7 @@ def extension():
     return cpp_extension.load(
         "_C",
         [str(source) for source in sources],
-        extra_cflags=["-O1", "-g1", "-fvisibility=hidden"],
+        extra_cflags=["-O1", "-g1", "-fvisibility=hidden", "-DMETAAUG_EMULATION"],
         extra_include_paths=[str(ROOT / "csrc"), str(NATIVE)],
         build_directory=str(folder),
     )
@@ -46,3 +50,20 @@ def emulation(request, extension, monkeypatch):
     assert extension.instruction_set() == "emulation"
     monkeypatch.setattr(fused, "_C", extension)
     monkeypatch.setenv("METAAUG_EMULATION_SHARED", str(request.param))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("stored", [torch.uint8, torch.float32, torch.float64])
+def test_episodes_drawn_by_a_kernel_are_those_of_the_cpu(dtype, stored, extension, monkeypatch):
+    monkeypatch.setattr(images, "_C", extension)
+    labels = torch.cat([torch.arange(9).repeat(3), torch.randint(9, (123,))])  # 3 of each class at least
+    pictures = torch.randint(256, (150, 2, 3, 5)).to(stored)
+    dataset = ClassImages.from_arrays(pictures, labels)
+    smallest = int(dataset.counts.sum(1).min())
+    spec = EpisodeSpec(int(torch.randint(1, len(dataset) + 1, ())), 1, smallest - 1, dtype=dtype)
+    seed = int(torch.randint(2**62, ()))
+    for batch in (0, 3):
+        expected = dataset.sampler(spec)(Draws(seed, batch, 4))
+        got = dataset._device_sampler(spec)(Draws(seed, batch, 4))
+        for name in ("support_x", "support_y", "query_x", "query_y"):
+            assert torch.equal(getattr(got, name), getattr(expected, name)), name

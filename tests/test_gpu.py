@@ -10,6 +10,7 @@ from test_fused import cast, conv_sets, convolutional, executor_of, mlp, percept
 
 import metaaug_fast as mf
 from metaaug_fast import _C, reference
+from metaaug_fast.data import ClassImages
 from metaaug_fast.errors import NonFiniteError
 from metaaug_fast.problem import inner_problem
 
@@ -135,3 +136,15 @@ def test_learners_and_evaluation_on_the_gpu():
     assert mf.check_gradients(maml, tasks)
     with pytest.raises(ValueError, match="device of"):
         maml(episodes.batch(0))
+
+
+def test_episodes_drawn_on_the_gpu_are_those_of_the_cpu():
+    dataset = ClassImages.from_arrays(torch.randint(256, (200, 28, 28)).byte(), torch.arange(200) % 10)
+    on_cpu, on_gpu = (mf.data.Episodes(each, queries=3, tasks=7, seed=5) for each in (dataset, dataset.to("cuda")))
+    for index in (0, 9):
+        expected, got = on_cpu.batch(index), on_gpu.batch(index)
+        for name in ("support_x", "support_y", "query_x", "query_y"):
+            assert torch.equal(getattr(got, name).cpu(), getattr(expected, name))
+    with pytest.raises(ValueError, match="on this GPU"):
+        dataset = ClassImages.from_arrays(torch.zeros(40_000, 1, dtype=torch.uint8), torch.arange(40_000) % 2)
+        mf.data.Episodes(dataset.to("cuda"), ways=2, shots=10_000, queries=10_000).batch(0)

@@ -28,6 +28,28 @@ class Engine {
   virtual NonFinite run(const Call<T>& call, const Resources& resources, bool wait) = 0;
 };
 
+enum class Pixel { kByte, kFloat, kDouble };
+
+// Where images lie and where a batch goes; as in data/images.py.
+template <class T>
+struct Episodes {
+  const void* images = nullptr;  // [N, sample], grouped by class
+  Pixel pixel = Pixel::kByte;    // bytes are handed out divided by 255
+  int64_t sample = 0, classes = 0;
+  const int64_t *first = nullptr, *sizes = nullptr;  // [classes]
+  uint64_t key = 0;                                  // of the batch
+  int tasks = 0, ways = 0, shots = 0, queries = 0;
+  T *support_x = nullptr, *query_x = nullptr;
+  int64_t *support_y = nullptr, *query_y = nullptr;
+
+  METAAUG_HD int rows() const { return shots + queries; }
+  int64_t shared_bytes() const { return int64_t(sizeof(int64_t)) * ways * (1 + rows()); }
+};
+
+// Queues the drawing of a batch.
+template <class T>
+void draw_episodes(const Episodes<T>& episodes, void* stream);
+
 // For the current device. Throws std::invalid_argument where the graph cannot be run.
 template <class T>
 std::unique_ptr<Engine<T>> make_engine(const Graph& graph);

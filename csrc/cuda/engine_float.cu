@@ -3,5 +3,6 @@
 namespace metaaug::cuda {
 
 template std::unique_ptr<Engine<float>> make_engine<float>(const Graph&);
+template void draw_episodes<float>(const Episodes<float>&, void*);
 
 }  // namespace metaaug::cuda

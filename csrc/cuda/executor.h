@@ -8,6 +8,7 @@
 #include "engine.h"
 #include "kernels.h"
 #include "plan.h"
+#include "sampler.h"
 
 namespace metaaug::cuda {
 
@@ -247,6 +248,17 @@ class Executor final : public Engine<T> {
 template <class T>
 std::unique_ptr<Engine<T>> make_engine(const Graph& graph) {
   return std::make_unique<Executor<T>>(graph);
+}
+
+template <class T>
+void draw_episodes(const Episodes<T>& episodes, void* stream) {
+  const Limits limits = Limits::of_current_device();
+  if (episodes.shared_bytes() > limits.shared_bytes)
+    throw std::invalid_argument("ways * (1 + shots + queries) must be at most " +
+                                std::to_string(limits.shared_bytes / int64_t(sizeof(int64_t))) + " on this GPU (got " +
+                                std::to_string(episodes.shared_bytes() / int64_t(sizeof(int64_t))) + ")");
+  launch(sample_episodes<T>, std::min(episodes.tasks, 32768), 1, limits.threads, episodes.shared_bytes(), stream,
+         episodes);
 }
 
 }  // namespace metaaug::cuda

@@ -44,8 +44,9 @@ class Draws:
     """
 
     def __init__(self, seed: int, batch: int, tasks: int) -> None:
-        key = _mix(_mix(seed & _MASK) + (batch + 1) * _GOLDEN & _MASK)
-        self._keys = _mix(_multiples(1, tasks) + key)[:, None]
+        self.tasks = tasks
+        self.key: int = _mix(_mix(seed & _MASK) + (batch + 1) * _GOLDEN & _MASK)  # of the batch
+        self._keys = _mix(_multiples(1, tasks) + self.key)[:, None]
         self._used = 0
 
     def bits(self, count: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import _C
 from ..tasks import TaskBatch
 from .draws import Draws, shuffled
 
@@ -138,6 +139,10 @@ class ClassImages:
         rows = np.fromiter(classes, dtype=np.int64)
         return ClassImages(self.images, self.first[rows], self.counts[rows], [self.names[i] for i in rows], self.styles)
 
+    def to(self, device: torch.device | str) -> ClassImages:
+        """The data set with its images on a device; episodes are then drawn there, the same ones for the same seed."""
+        return ClassImages(self.images.to(device), self.first, self.counts, self.names, self.styles)
+
     def split(self, sizes: Sequence[int], seed: int = 0) -> list[ClassImages]:
         """Disjoint data sets of `sizes` classes each, from one shuffle of the classes given by the seed.
 
@@ -190,7 +195,9 @@ class ClassImages:
             raise ValueError(f"ways must be at most the data set's {len(self)} classes (got {spec.ways})")
         self._check_sizes(spec)
         divisions = self._divisions(spec) if spec.split_styles else None
-        labels = torch.arange(spec.ways)
+        if divisions is None and self.images.is_cuda and _C.cuda:
+            return self._device_sampler(spec)
+        labels = torch.arange(spec.ways, device=self.images.device)
         support_y, query_y = labels.repeat_interleave(spec.shots), labels.repeat_interleave(spec.queries)
 
         def sample(draws: Draws) -> TaskBatch:
@@ -210,6 +217,17 @@ class ClassImages:
                 self._gather(query, spec.dtype),
                 query_y.repeat(tasks, 1),
             )
+
+        return sample
+
+    def _device_sampler(self, spec: EpisodeSpec) -> Sampler:
+        """The sampler without styles in one kernel, which draws where the images lie."""
+        first, sizes = (torch.from_numpy(each).to(self.images.device) for each in (self.first, self._sizes))
+
+        def sample(draws: Draws) -> TaskBatch:
+            counts = (draws.tasks, spec.ways, spec.shots, spec.queries)
+            in_double = spec.dtype == torch.float64
+            return TaskBatch(*_C.sample_episodes(self.images, first, sizes, draws.key, *counts, in_double))
 
         return sample
 
@@ -252,7 +270,7 @@ class ClassImages:
 
     def _gather(self, rows: np.ndarray, dtype: torch.dtype) -> Tensor:
         """The images at rows `[T, ways, n]`, `[T, ways * n, ...]`."""
-        picked = self.images.index_select(0, torch.from_numpy(rows.reshape(-1)))
+        picked = self.images.index_select(0, torch.from_numpy(rows.reshape(-1)).to(self.images.device))
         shape = (len(rows), rows.shape[1] * rows.shape[2], *self.sample_shape)
         scaled = picked.to(dtype).div_(255) if picked.dtype == torch.uint8 else picked.to(dtype)
         return scaled.view(shape)

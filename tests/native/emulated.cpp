@@ -17,3 +17,10 @@ template std::unique_ptr<Engine<float>> make_engine<float>(const Graph&);
 template std::unique_ptr<Engine<double>> make_engine<double>(const Graph&);
 
 }  // namespace metaaug::cpu
+
+namespace metaaug::cuda {
+
+template void draw_episodes<float>(const Episodes<float>&, void*);
+template void draw_episodes<double>(const Episodes<double>&, void*);
+
+}  // namespace metaaug::cuda
