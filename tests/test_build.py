@@ -4,10 +4,12 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make")
@@ -105,3 +107,26 @@ def test_continuous_integration_runs_what_a_developer_runs():
     path = ROOT / ".ci" / "run"
     assert os.access(path, os.X_OK)
     assert path.read_text().splitlines()[-1] == "exec make test"
+
+
+@pytest.mark.parametrize(
+    ("asked", "answer"),
+    [
+        ("2", "METAAUG_CUDA must be 0 or 1 (got '2')"),
+        ("1", "METAAUG_CUDA=1 needs a CUDA build of torch (got torch "),
+        ("0", "metaaug_fast"),
+    ],
+)
+def test_cuda_is_built_where_it_is_asked_for_and_can_be(asked, answer):
+    if asked == "1" and torch.version.cuda is not None:
+        pytest.skip("this torch has CUDA")
+    result = subprocess.run(
+        [sys.executable, "setup.py", "--name"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "METAAUG_CUDA": asked},
+        check=False,
+    )
+    assert (result.returncode == 0) == (asked == "0")
+    assert answer in result.stdout + result.stderr

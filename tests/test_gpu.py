@@ -145,6 +145,7 @@ def test_episodes_drawn_on_the_gpu_are_those_of_the_cpu():
         expected, got = on_cpu.batch(index), on_gpu.batch(index)
         for name in ("support_x", "support_y", "query_x", "query_y"):
             assert torch.equal(getattr(got, name).cpu(), getattr(expected, name))
+    dataset = ClassImages.from_arrays(torch.zeros(40_000, 1, dtype=torch.uint8), torch.arange(40_000) % 2)
+    many = mf.data.Episodes(dataset.to("cuda"), ways=2, shots=10_000, queries=10_000)
     with pytest.raises(ValueError, match="on this GPU"):
-        dataset = ClassImages.from_arrays(torch.zeros(40_000, 1, dtype=torch.uint8), torch.arange(40_000) % 2)
-        mf.data.Episodes(dataset.to("cuda"), ways=2, shots=10_000, queries=10_000).batch(0)
+        many.batch(0)

@@ -21,12 +21,13 @@ struct Limits {
   int64_t shared_bytes = 0, shared_bytes_of_all = 0;  // of a block; of a multiprocessor
 
   static Limits of_current_device() {
+    constexpr int kStatic = 64;  // what block.h itself has there
     int device = 0, values[3] = {};
     check(cudaGetDevice(&device));
     check(cudaDeviceGetAttribute(&values[0], cudaDevAttrMultiProcessorCount, device));
     check(cudaDeviceGetAttribute(&values[1], cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     check(cudaDeviceGetAttribute(&values[2], cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
-    return {values[0], 256, values[1], values[2]};
+    return {values[0], 256, values[1] - kStatic, values[2]};
   }
 };
 
