@@ -218,8 +218,7 @@ class Task {
   }
 
   METAAUG_DEVICE void step(int k) {
-    clear(gradient, a.flat);
-    sync();
+    clear(gradient, a.flat);  // the forward pass has barriers enough
     check(evaluate(k, gradient), k, false);
     T* to = path + (a.keep_path ? (k + 1) * a.flat : 0);
     const T* from = theta(k);
