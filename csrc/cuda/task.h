@@ -156,7 +156,7 @@ class Task {
     if (thread() == 0 && !is_finite(value)) fail(Failure::kLoss, step, query, value);
   }
 
-  // Says which is the first value that is not finite, if one of this thread's is.
+  // A barrier, behind which it is said which is the first value that is not finite, if one of this thread's is.
   METAAUG_DEVICE void check_all(bool finite, const T* values, typename Failure::What what, int step) const {
     if (!sync_or(!finite) || thread() != 0) return;
     int64_t i = 0;
@@ -247,7 +247,6 @@ class Task {
       finite &= is_finite(to[at]);
     });
     check_all(finite, to, Failure::kWeight, k);
-    sync();
   }
 
   METAAUG_DEVICE int64_t rate_at(int p, int k, int64_t i) const {
