@@ -63,13 +63,13 @@ ifneq ($(NATIVE),)
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
 endif
 	@command -v nvcc >/dev/null || echo "no nvcc: the CUDA sources are not compiled here"
-	@! command -v nvcc >/dev/null || $(MAKE) --no-print-directory $(CUDA:%.cu=build/%.o)
+	@! command -v nvcc >/dev/null || $(MAKE) --no-print-directory -j2 $(CUDA:%.cu=build/%.o)
 
 # Without torch and without a GPU.
 build/%.o: %.cu $(filter csrc/%.h,$(NATIVE))
 	@echo "compiling $<"
 	@mkdir -p $(@D)
-	@nvcc -std=c++17 -c -Icsrc --threads 2 --Werror all-warnings -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=sm_90 -o $@ $<
+	@nvcc -std=c++17 -c -Icsrc -Werror all-warnings -gencode=arch=compute_80,code=[sm_80,sm_90] -o $@ $<
 
 test: lint
 	$(BIN)/python -m pytest -q

@@ -6,11 +6,11 @@ What is imported here is collected here too, and runs with an extension whose ev
 from pathlib import Path
 
 import pytest
+import test_fused
 import torch
 from test_fused import (  # noqa: F401
     test_a_loss_of_ones_own_on_predictions_of_adapted_weights,
     test_random_networks,
-    test_single_precision,
     test_sizes_at_the_edge,
     test_what_is_not_finite_is_named_by_task_and_step,
 )
@@ -50,6 +50,11 @@ def emulation(request, extension, monkeypatch):
     assert extension.instruction_set() == "emulation"
     monkeypatch.setattr(fused, "_C", extension)
     monkeypatch.setenv("METAAUG_EMULATION_SHARED", str(request.param))
+
+
+@pytest.mark.parametrize("kind", ["perceptron", "convolutional"])
+def test_single_precision(kind):
+    test_fused.test_single_precision(kind, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -124,7 +124,7 @@ void check_failure(Problem p) {
 
 int main(int count, char** arguments) {
   const unsigned long long seed = count > 1 ? std::strtoull(arguments[1], nullptr, 10) : std::random_device()();
-  const int graphs = count > 2 ? std::atoi(arguments[2]) : 12;
+  const int graphs = count > 2 ? std::atoi(arguments[2]) : 4;
   std::printf("seed %llu\n", seed);
   std::fflush(stdout);
   generator.seed(seed);
