@@ -87,7 +87,8 @@ struct NonFinite {
 };
 
 // How much of the steps' activations to keep for the reverse sweep, over all tasks at work; at least one step's are
-// kept. 256 MiB, or what METAAUG_KEEP_MIB asks for.
+// kept. On a GPU also how much of single tasks' gradients to keep until they are summed. 256 MiB, or what
+// METAAUG_KEEP_MIB asks for.
 int64_t kept_bytes();
 
 }  // namespace metaaug

@@ -33,8 +33,8 @@ class Executor final : public Engine<T> {
     if (earlier.task >= 0) return earlier;
     Arguments<T> a = arguments(call, resources.stream);
     const int64_t row_bytes = std::max<int64_t>(a.row_size * int64_t(sizeof(T)), 1);
-    const int chunk = int(std::clamp<int64_t>(kRowBytes / row_bytes, 1, std::max(call.tasks, 1)));
-    const Teams teams = plan_teams(a, std::min(chunk, call.tasks));
+    const int chunk = int(std::clamp<int64_t>(kept_bytes() / row_bytes, 1, call.tasks));
+    const Teams teams = plan_teams(a, chunk);
     a.regions = teams.layout.regions;
     a.workspace_size = teams.layout.workspace;
     a.workspace = allocate(resources, teams.count * teams.layout.workspace);
@@ -64,7 +64,6 @@ class Executor final : public Engine<T> {
   }
 
  private:
-  static constexpr int64_t kRowBytes = 256 << 20;  // of the rows that are summed over tasks
   static constexpr int kPlannedSizes = 32, kMostSlots = 16;
 
   T* allocate(const Resources& resources, int64_t elements) const {
