@@ -17,7 +17,7 @@ struct Node {
   Op op;
   Shape in[2], out;
   Wants inner, outer;
-  bool still = false, active = false;     // active: a value of it moves
+  bool still = false;                     // see Flow
   bool moves[2] = {false, false};         // its inputs
   bool adapted[2] = {false, false};       // its parameters
   int64_t param[2] = {0, 0};              // offsets in theta

@@ -68,11 +68,11 @@ struct Windows {
     return y / op.stride.y * out.width + x / op.stride.x;
   }
 
-  // Calls body(index, the index's plane's start at the other side, its pixel) for every pixel of all planes.
+  // Calls body(index, the start of its channel at the other side, its pixel) for every pixel of all channels.
   template <class Body>
-  METAAUG_DEVICE static void each_pixel(int64_t planes, const Shape& here, const Shape& there, const Body& body) {
+  METAAUG_DEVICE static void each_pixel(int images, const Shape& here, const Shape& there, const Body& body) {
     const int pixels = here.pixels(), others = there.pixels();
-    each(planes * pixels, [&](int64_t i) { body(i, i / pixels * others, int(i % pixels)); });
+    each(images * here.size(), [&](int64_t i) { body(i, i / pixels * others, int(i % pixels)); });
   }
 };
 
@@ -82,7 +82,7 @@ struct MaxPool {
   METAAUG_DEVICE static void prepare(const OpCall<T>& call) {
     const Windows windows(*call.node);
     const T* x = call.x[0];
-    windows.each_pixel(planes(call), windows.out, windows.in, [&](int64_t i, int64_t plane, int pixel) {
+    windows.each_pixel(call.images, windows.out, windows.in, [&](int64_t i, int64_t plane, int pixel) {
       int choice = -1;
       T best = 0;
       for (int tap = 0; tap < windows.taps(); ++tap) {
@@ -98,14 +98,14 @@ struct MaxPool {
   }
   METAAUG_DEVICE static void map(const OpCall<T>& call, const T* const* x, T* y) {
     const Windows windows(*call.node);
-    windows.each_pixel(planes(call), windows.out, windows.in, [&](int64_t i, int64_t plane, int pixel) {
+    windows.each_pixel(call.images, windows.out, windows.in, [&](int64_t i, int64_t plane, int pixel) {
       y[i] = x[0][plane + windows.input(pixel, int(call.saved[i]))];
     });
   }
   METAAUG_DEVICE static void adjoint(const OpCall<T>& call, const T* dy, T* const* dx) {
     if (!dx[0]) return;
     const Windows windows(*call.node);
-    windows.each_pixel(planes(call), windows.in, windows.out, [&](int64_t i, int64_t plane, int pixel) {
+    windows.each_pixel(call.images, windows.in, windows.out, [&](int64_t i, int64_t plane, int pixel) {
       T sum = 0;
       for (int tap = 0; tap < windows.taps(); ++tap) {
         const int from = windows.output(pixel, tap);
@@ -114,9 +114,6 @@ struct MaxPool {
       put(dx[0] + i, sum, call.accumulate[0]);
     });
   }
-
- private:
-  METAAUG_DEVICE static int64_t planes(const OpCall<T>& call) { return int64_t{call.images} * call.node->out.channels; }
 };
 
 // Mean over each window: its size with padding, or the number of real pixels.
@@ -125,7 +122,7 @@ struct AvgPool {
   METAAUG_DEVICE static void prepare(const OpCall<T>&) {}
   METAAUG_DEVICE static void map(const OpCall<T>& call, const T* const* x, T* y) {
     const Windows windows(*call.node);
-    windows.each_pixel(planes(call), windows.out, windows.in, [&](int64_t i, int64_t plane, int pixel) {
+    windows.each_pixel(call.images, windows.out, windows.in, [&](int64_t i, int64_t plane, int pixel) {
       T sum = 0;
       for (int tap = 0; tap < windows.taps(); ++tap) {
         const int from = windows.input(pixel, tap);
@@ -137,7 +134,7 @@ struct AvgPool {
   METAAUG_DEVICE static void adjoint(const OpCall<T>& call, const T* dy, T* const* dx) {
     if (!dx[0]) return;
     const Windows windows(*call.node);
-    windows.each_pixel(planes(call), windows.in, windows.out, [&](int64_t i, int64_t plane, int pixel) {
+    windows.each_pixel(call.images, windows.in, windows.out, [&](int64_t i, int64_t plane, int pixel) {
       T sum = 0;
       for (int tap = 0; tap < windows.taps(); ++tap) {
         const int from = windows.output(pixel, tap);
@@ -148,7 +145,6 @@ struct AvgPool {
   }
 
  private:
-  METAAUG_DEVICE static int64_t planes(const OpCall<T>& call) { return int64_t{call.images} * call.node->out.channels; }
   METAAUG_DEVICE static T share(const Windows& windows, int pixel) {
     int real = 0;
     for (int tap = 0; tap < windows.taps(); ++tap) real += windows.input(pixel, tap) >= 0;
