@@ -13,6 +13,7 @@ struct Settings {
   int first_step = 0;  // how many steps lie behind theta_0, for weights that are only judged
   LossKind loss = LossKind::kCrossEntropy;
   OptimizerKind optimizer = OptimizerKind::kSgd;
+  Precision precision = Precision::kFloat32;
   bool first_order = false;
   double label_smoothing = 0, momentum = 0, weight_decay = 0;
   double beta1 = 0, beta2 = 0.999, eps = 1e-8;

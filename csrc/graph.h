@@ -31,6 +31,7 @@ enum class OpKind {
 
 enum class LossKind { kCrossEntropy, kMse, kBce };
 enum class OptimizerKind { kSgd, kAdam };
+enum class Precision { kFloat32, kTf32, kBf16 };  // of products in single precision, on a GPU
 
 // A value per sample; a flat feature vector is a 1x1 picture.
 struct Shape {
@@ -54,8 +55,8 @@ struct Op {
   int groups = 1;
   int site = 0;  // ordinal of a dropout call
   bool count_padding = true;
-  // What an executor has found: a relu and a 2x2 max pool behind a batch norm are done by it; a batch norm behind this
-  // takes the bias away again.
+  // What fuse() has found: the relu and the 2x2 max pool behind this are done by it; a batch norm behind it takes the
+  // bias away again.
   bool relu = false, pool = false, idle_bias = false;
   double eps = 0;
   double scalar[2] = {0, 0};  // leaky slope | softplus beta, threshold | dropout p

@@ -3,6 +3,8 @@
 What is imported here is collected here too, and runs with an extension whose every call goes through the device code.
 """
 
+import hashlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -31,10 +33,16 @@ pytestmark = pytest.mark.usefixtures("fresh_numbers", "emulation")
 @pytest.fixture(scope="module")
 def extension():
     """The extension with the emulation in the CPU engine's place."""
-    sources = [ROOT / "csrc" / name for name in ("ops.cpp", "bindings.cpp", "call.cpp", "flow.cpp", "cpu/pool.cpp")]
+    sources = [ROOT / "csrc" / name for name in ("ops.cpp", "bindings.cpp", "call.cpp", "flow.cpp", "fuse.cpp", "cpu/pool.cpp")]
     sources += [NATIVE / "emulated.cpp", NATIVE / "emulation.cpp"]
-    folder = ROOT / "build" / "native" / "emulation"
-    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(torch.__version__.encode())
+    for path in sorted([*(ROOT / "csrc").rglob("*.*"), *NATIVE.glob("*.cpp"), *NATIVE.glob("*.h")]):
+        digest.update(path.read_bytes())
+    group = ROOT / "build" / "native" / "emulation"
+    folder = group / digest.hexdigest()[:16]
+    if not folder.exists():  # ninja has been seen to miss a changed header
+        shutil.rmtree(group, ignore_errors=True)
+        folder.mkdir(parents=True)
     return cpp_extension.load(
         "_C",
         [str(source) for source in sources],

@@ -14,9 +14,9 @@
 #include <mutex>
 #include <tuple>
 
+#include "../fuse.h"
 #include "arena.h"
 #include "engine.h"
-#include "fuse.h"
 #include "input.h"
 #include "passes.h"
 #include "turns.h"
@@ -31,7 +31,8 @@ class Executor final : public cpu::Engine<T> {
   using Vector = typename S::Vector;
 
  public:
-  explicit Executor(const Graph& graph) : graph_(fuse(graph)), packing_(graph.parameters), kept_bytes_(kept_bytes()) {}
+  explicit Executor(const Graph& graph)
+      : graph_(fuse(graph, false)), packing_(graph.parameters), kept_bytes_(kept_bytes()) {}
 
   NonFinite run(const Call<T>& call, const Parallel& parallel) override {
     const std::lock_guard<std::mutex> lock(mutex_);

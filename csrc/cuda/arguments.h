@@ -21,9 +21,10 @@ struct Region {
 
 struct Regions {
   Region tile;        // in shared memory, where not all else is
-  Region sums;        // of sum_all
-  Region path;        // theta_0, and theta_k after each step or after the last alone
-  Region gradient;    // of a step; then the adjoint
+  Region partials;    // of tiles that several blocks share
+  Region sums;        // of sum_all, twice
+  Region path;        // theta_0, and theta_k after each step, or in turns
+  Region gradient;    // of a step, as far as it is not used where it is found; then the adjoint
   Region tangent;     // the direction of a Hessian-vector product
   Region directions;  // m_k of all steps or the last; Adam's first moment
   Region second;      // Adam's second moment
@@ -52,6 +53,7 @@ struct Arguments {
   int steps, first_step;
   LossKind loss;
   OptimizerKind optimizer;
+  Precision precision;
   bool first_order;
   double label_smoothing, momentum, weight_decay, beta1, beta2, eps;
   uint32_t seed;
@@ -64,7 +66,7 @@ struct Arguments {
   const int64_t* rate_offset;  // [parameters] in the gradient of all rates, -1 where a parameter does not move
   const T* parameter[kMostParameters];
   const T* rate[kMostParameters];
-  unsigned char rate_form[kMostParameters];  // kPerStep and kPerElement
+  unsigned char rate_form[kMostParameters];  // of the flags below
   const T* frozen[kMostBuffers];
 
   const T *support_x, *support_y, *support_weight, *initial, *query_x, *query_y;
@@ -87,6 +89,7 @@ struct Arguments {
 };
 
 inline constexpr unsigned char kPerStep = 1, kPerElement = 2;
+inline constexpr unsigned char kUpdatedByOp = 4;  // a step of the parameter is made where its gradient is found
 
 static_assert(sizeof(Arguments<double>) <= 4096, "beyond what a kernel may be given");
 

@@ -3,6 +3,7 @@
 // (tests/native/emulation.h) threads are fibers, and barriers are real ones.
 #pragma once
 
+#include "../graph.h"
 #include "../math.h"
 
 #if defined(__CUDACC__)
@@ -23,6 +24,11 @@
 namespace metaaug::cuda {
 
 inline constexpr int kWarp = 32;
+#if defined(__CUDACC__)
+inline constexpr int kThreads = 256;
+#else
+inline constexpr int kThreads = 64;
+#endif
 
 // How many blocks of a team have come to its barriers, and how many votes there were.
 struct TeamState {
@@ -85,6 +91,34 @@ METAAUG_DEVICE T warp_sum(T value) {
   for (int apart = kWarp / 2; apart > 0; apart /= 2) value += __shfl_xor_sync(~0U, value, apart);
   return value;
 }
+
+// What a tensor core multiplies: a 16x8 sum of products, 8 deep in TF32 or 16 deep in bf16, whose values pairs of
+// registers hold. With g = lane / 4 and i = lane % 4, a lane has of the sum rows g and g + 8, columns 2i and 2i + 1; of
+// a (rows) and b (columns g) the depths i and i + 4, or of bf16 pairs those of 2i and 2i + 8.
+METAAUG_DEVICE inline uint32_t as_tf32(float value) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
+}
+METAAUG_DEVICE inline uint32_t as_bf16_pair(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
+METAAUG_DEVICE inline void multiply_fragments(Precision precision, float* sum, const uint32_t (&a)[4],
+                                              const uint32_t (&b)[2]) {
+  if (precision == Precision::kTf32)
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
 #else
 inline int team() { return emulation::team(); }
 inline int teams() { return emulation::teams(); }
@@ -102,6 +136,12 @@ template <class T>
 T warp_sum(T value) {
   return emulation::warp_sum(value);
 }
+
+inline uint32_t as_tf32(float value) { return emulation::as_tf32(value); }
+inline uint32_t as_bf16_pair(float low, float high) { return emulation::as_bf16_pair(low, high); }
+inline void multiply_fragments(Precision precision, float* sum, const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  emulation::multiply_fragments(precision == Precision::kBf16, sum, a, b);
+}
 #endif
 
 // Of the team.
@@ -111,22 +151,28 @@ METAAUG_DEVICE inline int lane() { return thread() % kWarp; }
 METAAUG_DEVICE inline int warp() { return thread() / kWarp; }
 METAAUG_DEVICE inline int warps() { return threads() / kWarp; }
 
-// The sum over the team in every thread; `scratch` has room for a value of each warp, and is free again on return.
+// The sum over the team, in its first thread; `scratch` has room for a value of each warp, and is free again behind the
+// next barrier.
 template <class T>
 METAAUG_DEVICE T sum_all(T value, T* scratch) {
   value = warp_sum(value);
   if (lane() == 0) scratch[warp()] = value;
   sync();
   T total = 0;
-  for (int i = 0; i < warps(); ++i) total += scratch[i];
-  sync();
+  for (int i = 0; thread() == 0 && i < warps(); ++i) total += scratch[i];
   return total;
 }
 
-// Calls body(i) for 0 <= i < count, spread over the team's threads.
+// Calls body(i) for 0 <= i < count, spread over the team's threads. A task has less than 2^31 elements of anything.
 template <class Body>
 METAAUG_DEVICE void each(int64_t count, const Body& body) {
-  for (int64_t i = thread(); i < count; i += threads()) body(i);
+  for (int i = thread(); i < int(count); i += threads()) body(i);
+}
+
+// The same over its warps; every lane of a warp calls.
+template <class Body>
+METAAUG_DEVICE void each_of_warp(int64_t count, const Body& body) {
+  for (int i = warp(); i < int(count); i += warps()) body(i);
 }
 
 }  // namespace metaaug::cuda

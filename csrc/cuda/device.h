@@ -17,7 +17,7 @@ inline void check(cudaError_t error) {
 }
 
 struct Limits {
-  int multiprocessors = 0, threads = 256;
+  int multiprocessors = 0;
   int64_t shared_bytes = 0, shared_bytes_of_all = 0;  // of a block; of a multiprocessor
 
   static Limits of_current_device() {
@@ -27,7 +27,7 @@ struct Limits {
     check(cudaDeviceGetAttribute(&values[0], cudaDevAttrMultiProcessorCount, device));
     check(cudaDeviceGetAttribute(&values[1], cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     check(cudaDeviceGetAttribute(&values[2], cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
-    return {values[0], 256, values[1] - kStatic, values[2]};
+    return {values[0], values[1] - kStatic, values[2]};
   }
 };
 
@@ -64,13 +64,13 @@ int resident(const Limits& limits, void (*kernel)(Arguments), int64_t shared_byt
   int blocks = 0;
   if (shared_bytes > (48 << 10))
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, limits.threads, shared_bytes));
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, shared_bytes));
   return blocks * limits.multiprocessors;
 }
 
 // Of teams of several blocks, all must be resident.
 template <class Arguments>
-void launch(void (*kernel)(Arguments), int teams, int members, int threads, int64_t shared_bytes, void* stream,
+void launch(void (*kernel)(Arguments), int teams, int members, int64_t shared_bytes, void* stream,
             Arguments arguments) {
   void* pointers[] = {&arguments};
   const auto queue = static_cast<cudaStream_t>(stream);
@@ -78,8 +78,8 @@ void launch(void (*kernel)(Arguments), int teams, int members, int threads, int6
   if (shared_bytes > (48 << 10))
     check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
   const dim3 grid(members, teams);
-  check(members > 1 ? cudaLaunchCooperativeKernel(function, grid, dim3(threads), pointers, shared_bytes, queue)
-                    : cudaLaunchKernel(function, grid, dim3(threads), pointers, shared_bytes, queue));
+  check(members > 1 ? cudaLaunchCooperativeKernel(function, grid, dim3(kThreads), pointers, shared_bytes, queue)
+                    : cudaLaunchKernel(function, grid, dim3(kThreads), pointers, shared_bytes, queue));
 }
 
 inline void clear(void* memory, size_t bytes, void* stream) {
@@ -87,12 +87,12 @@ inline void clear(void* memory, size_t bytes, void* stream) {
 }
 #else
 struct Limits {
-  int multiprocessors = 6, threads = 64;
+  int multiprocessors = 6;
   int64_t shared_bytes = 0, shared_bytes_of_all = 0;
 
   static Limits of_current_device() {
     const int64_t bytes = emulation::shared_bytes();
-    return {6, 64, bytes, bytes};
+    return {6, bytes, bytes};
   }
 };
 
@@ -112,9 +112,9 @@ int resident(const Limits& limits, void (*)(Arguments), int64_t) {
 }
 
 template <class Arguments>
-void launch(void (*kernel)(Arguments), int teams, int members, int threads, int64_t shared_bytes, void*,
+void launch(void (*kernel)(Arguments), int teams, int members, int64_t shared_bytes, void*,
             const Arguments& arguments) {
-  emulation::run(teams, members, threads, size_t(shared_bytes), [&] { kernel(arguments); });
+  emulation::run(teams, members, kThreads, size_t(shared_bytes), [&] { kernel(arguments); });
 }
 
 inline void clear(void* memory, size_t bytes, void*) { std::memset(memory, 0, bytes); }

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <mutex>
 
+#include "../fuse.h"
 #include "engine.h"
 #include "kernels.h"
 #include "plan.h"
@@ -15,7 +16,7 @@ namespace metaaug::cuda {
 template <class T>
 class Executor final : public Engine<T> {
  public:
-  explicit Executor(const Graph& graph) : graph_(graph), limits_(Limits::of_current_device()) {
+  explicit Executor(const Graph& graph) : graph_(fuse(graph, true)), limits_(Limits::of_current_device()) {
     if (graph.parameters.size() > size_t{kMostParameters})
       throw std::invalid_argument("the CUDA engine takes at most " + std::to_string(kMostParameters) +
                                   " parameter tensors (got " + std::to_string(graph.parameters.size()) + ")");
@@ -48,13 +49,12 @@ class Executor final : public Engine<T> {
       a.first_task = first;
       a.tasks = std::min(chunk, call.tasks - first);
       if (teams.members > 1) clear(a.team_states, states_size, resources.stream);
-      launch(run_tasks<T>, std::min(teams.count, a.tasks), teams.members, limits_.threads, teams.shared_bytes,
-             resources.stream, a);
+      launch(run_tasks<T>, std::min(teams.count, a.tasks), teams.members, teams.shared_bytes, resources.stream, a);
       const auto sum = [&](T* to, int64_t at, int64_t columns, T scale) {
         if (!to || columns == 0) return;
         const Columns<T> c{a.rows_out, a.tasks, a.row_size, at, columns, to, scale, first > 0};
-        launch(sum_columns<T>, int(std::min<int64_t>((columns + kWarp - 1) / kWarp, kMostTeams)), 1, limits_.threads,
-               limits_.threads * int64_t(sizeof(T)), resources.stream, c);
+        launch(sum_columns<T>, int(std::min<int64_t>((columns + kWarp - 1) / kWarp, kMostTeams)), 1,
+               kThreads * int64_t(sizeof(T)), resources.stream, c);
       };
       sum(call.grad_parameters, 0, a.flat, T(1));
       sum(call.mean_displacement, 0, a.flat, T(1) / T(call.tasks));
@@ -70,18 +70,18 @@ class Executor final : public Engine<T> {
     return elements ? static_cast<T*>(resources.allocate(elements * int64_t(sizeof(T)))) : nullptr;
   }
 
-  const Program& network(int images, const std::vector<char>& adapted, const std::vector<char>& wanted,
+  const Network& network(int images, const std::vector<char>& adapted, const std::vector<char>& wanted,
                          bool wants_input, bool repeats) {
     auto& entry = networks_[std::make_tuple(images, adapted, wanted, wants_input, repeats)];
     if (!entry) entry = std::make_unique<Network>(graph_, offsets_, images, adapted, wanted, wants_input, repeats);
-    return entry->program();
+    return *entry;
   }
 
   Arguments<T> arguments(const Call<T>& call, void* stream) {
     const int count = int(graph_.parameters.size());
     const Settings& s = call.settings;
     Arguments<T> a{};
-    std::vector<char> adapted(count), wanted(call.wanted);
+    std::vector<char> adapted(count), updated(count), wanted(call.wanted);
     for (int p = 0; p < count; ++p) {
       adapted[p] = call.rates[p].data != nullptr;
       wanted[p] |= adapted[p] || call.grad_initial != nullptr;
@@ -91,9 +91,12 @@ class Executor final : public Engine<T> {
     a.has_query = call.query.x != nullptr;
     if (a.has_support) {
       const int images = call.support.rows ? call.support.batch : call.support.count;
-      a.support = network(images, adapted, wanted, call.grad_support_x != nullptr, !call.support.rows);
+      const Network& net = network(images, adapted, wanted, call.grad_support_x != nullptr, !call.support.rows);
+      a.support = net.program();
+      updated = net.updated();
     }
-    if (a.has_query) a.query = network(call.query.count, adapted, wanted, call.grad_query_x != nullptr, false);
+    if (a.has_query)
+      a.query = network(call.query.count, adapted, wanted, call.grad_query_x != nullptr, false).program();
     a.reverse = call.reverse();
     a.keep_path = a.reverse && a.has_support && (!s.first_order || call.step_weights);
     a.keep_directions = call.grad_rates != nullptr;
@@ -103,6 +106,7 @@ class Executor final : public Engine<T> {
     a.first_step = s.first_step;
     a.loss = s.loss;
     a.optimizer = s.optimizer;
+    a.precision = s.precision;
     a.first_order = s.first_order;
     a.label_smoothing = s.label_smoothing;
     a.momentum = s.momentum;
@@ -119,7 +123,8 @@ class Executor final : public Engine<T> {
       a.parameter[p] = call.initial ? nullptr : call.parameters[p];
       const Rate<T>& rate = call.rates[p];
       a.rate[p] = rate.data;
-      a.rate_form[p] = (unsigned char)((rate.per_step ? kPerStep : 0) | (rate.per_element ? kPerElement : 0));
+      a.rate_form[p] = (unsigned char)((rate.per_step ? kPerStep : 0) | (rate.per_element ? kPerElement : 0) |
+                                       (updated[p] ? kUpdatedByOp : 0));
       if (!rate.data) continue;
       rate_offsets[p] = a.rates;
       a.rates += (rate.per_step ? s.steps : 1) * (rate.per_element ? graph_.parameters[p].size() : 1);
@@ -182,7 +187,7 @@ class Executor final : public Engine<T> {
   // blocks that can be at work, a team of blocks takes one, and its buffers lie in the workspace.
   Teams plan_teams(const Arguments<T>& a, int tasks) const {
     Teams teams;
-    const int processors = limits_.multiprocessors, warps = limits_.threads / kWarp;
+    const int processors = limits_.multiprocessors;
     const auto elements = [](int64_t bytes) { return bytes / int64_t(sizeof(T)); };
     const auto use = [&](const Layout& layout) {
       teams.layout = layout;
@@ -192,16 +197,15 @@ class Executor final : public Engine<T> {
     for (int together = std::clamp(tasks / processors, 1, kMostTogether); together > 0; --together) {
       const int64_t share = std::min(limits_.shared_bytes, limits_.shared_bytes_of_all / together - kReserved);
       const int kept = slots(a, std::min(teams.count, processors * together));
-      use(Layout::in_shared_memory(a, warps, elements(share), kept));
+      use(Layout::in_shared_memory(a, elements(share), kept));
       if (teams.layout.workspace == 0) return teams;
     }
-    const int64_t tile = tile_size(limits_.threads);
-    use(Layout::of(a, warps, elements(limits_.shared_bytes), slots(a, std::min(tasks, processors)), tile));
+    use(Layout::with_tiles(a, 1, elements(limits_.shared_bytes), slots(a, std::min(tasks, processors))));
     const int alone = std::max(resident(limits_, run_tasks<T>, teams.shared_bytes), 1);
-    const int blocks = std::max(resident(limits_, run_tasks<T>, tile * int64_t(sizeof(T))), 1);
+    const int blocks = std::max(resident(limits_, run_tasks<T>, kTileShared * int64_t(sizeof(T))), 1);
     teams.members = std::min(blocks / std::min(teams.count, blocks), kMostMembers);
     teams.count = std::min(teams.count, teams.members > 1 ? blocks : alone);
-    if (teams.members > 1) use(Layout::of(a, warps * teams.members, 0, slots(a, teams.count), tile));
+    if (teams.members > 1) use(Layout::with_tiles(a, teams.members, 0, slots(a, teams.count)));
     return teams;
   }
 
@@ -256,8 +260,7 @@ void draw_episodes(const Episodes<T>& episodes, void* stream) {
     throw std::invalid_argument("ways * (1 + shots + queries) must be at most " +
                                 std::to_string(limits.shared_bytes / int64_t(sizeof(int64_t))) + " on this GPU (got " +
                                 std::to_string(episodes.shared_bytes() / int64_t(sizeof(int64_t))) + ")");
-  launch(sample_episodes<T>, std::min(episodes.tasks, 32768), 1, limits.threads, episodes.shared_bytes(), stream,
-         episodes);
+  launch(sample_episodes<T>, std::min(episodes.tasks, 32768), 1, episodes.shared_bytes(), stream, episodes);
 }
 
 }  // namespace metaaug::cuda

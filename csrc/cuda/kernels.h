@@ -6,7 +6,7 @@
 namespace metaaug::cuda {
 
 template <class T>
-METAAUG_KERNEL METAAUG_BOUNDS(256, 2) void run_tasks(const METAAUG_GRID_CONSTANT Arguments<T> a) {
+METAAUG_KERNEL METAAUG_BOUNDS(kThreads, 2) void run_tasks(const METAAUG_GRID_CONSTANT Arguments<T> a) {
   join_team(a.team_states);
   for (int task = team(); task < a.tasks; task += teams()) {
     Task<T>(a, a.first_task + task).run();

@@ -22,7 +22,7 @@ template <class T>
 struct Passes {
   const Program& net;
   const T* const* frozen;  // mean and variance of each batch norm that has them
-  T* tile;
+  TileRoom<T> tiles;
 
   // `again`: not for the first time on this task, so that still ops are done.
   METAAUG_DEVICE void forward(const Frame<T>& frame, const T* theta, const Pass& pass, bool again = false) const {
@@ -33,11 +33,17 @@ struct Passes {
     }
   }
 
-  // Adjoints of the values that `outer` or `inner` wants from the output's, which the caller has written; `grad` is
-  // added to.
-  METAAUG_DEVICE void backward(const Frame<T>& frame, const T* theta, const Pass& pass, bool outer, T* grad) const {
+  // Adjoints of all wanted values from the output's, which the caller has written; `grad` is added to.
+  METAAUG_DEVICE void backward(const Frame<T>& frame, const T* theta, const Pass& pass, T* grad) const {
     for (int i = net.count; i-- > 0;)
-      if ((outer ? net.nodes[i].outer : net.nodes[i].inner).active) adjoint(i, frame, frame, theta, pass, outer, grad);
+      if (net.nodes[i].outer.active) adjoint(i, frame, frame, theta, pass, net.nodes[i].outer, grad, nullptr);
+  }
+
+  // The same towards parameters that adapt; without `grad`, of values alone. Gradients go to `update` where they can.
+  METAAUG_DEVICE void step_backward(const Frame<T>& frame, const T* theta, const Pass& pass, T* grad,
+                                    const Update<T>* update) const {
+    for (int i = net.count; i-- > 0;)
+      if (net.nodes[i].inner.active) adjoint(i, frame, frame, theta, pass, net.nodes[i].inner, grad, update);
   }
 
   // Tangents of all values that move, for the parameter tangents `theta_t`.
@@ -63,7 +69,7 @@ struct Passes {
       OpCall<T> call = bind(i, frame, theta, pass);
       bind_tangents(call, i, tangents, theta_t, pass);
       if (!call.moves()) {
-        adjoint(i, frame, tangents, theta, pass, true, grad_t);
+        adjoint(i, frame, tangents, theta, pass, node.outer, grad_t, nullptr);
         continue;
       }
       call.dy = adjoint_of(frame, node.op.output);
@@ -77,7 +83,8 @@ struct Passes {
   // Goes on from there, once for all steps: nothing moves, so this is linear in the carried adjoints.
   METAAUG_DEVICE void still_backward(const Frame<T>& frame, const Frame<T>& tangents, const T* theta, T* grad) const {
     for (int i = net.count; i-- > 0;)
-      if (net.nodes[i].outer.active && net.nodes[i].still) adjoint(i, frame, tangents, theta, {}, true, grad);
+      if (net.nodes[i].outer.active && net.nodes[i].still)
+        adjoint(i, frame, tangents, theta, {}, net.nodes[i].outer, grad, nullptr);
   }
 
   METAAUG_DEVICE T* value_of(const Frame<T>& frame, int v) const {
@@ -91,11 +98,11 @@ struct Passes {
  private:
   // One op's backward, linear in the adjoints that `adjoints` holds; values come from `frame`.
   METAAUG_DEVICE void adjoint(int i, const Frame<T>& frame, const Frame<T>& adjoints, const T* theta, const Pass& pass,
-                              bool outer, T* grad) const {
-    const Node& node = net.nodes[i];
+                              const Wants& wants, T* grad, const Update<T>* update) const {
     OpCall<T> call = bind(i, frame, theta, pass);
-    call.dy = adjoint_of(adjoints, node.op.output);
-    bind_wants(call, outer ? node.outer : node.inner, adjoints, grad, pass, call.dx, call.dp);
+    call.dy = adjoint_of(adjoints, call.node->op.output);
+    call.update = update;
+    bind_wants(call, wants, adjoints, grad, pass, call.dx, call.dp);
     run_op(Role::kBackward, call);
     sync();
   }
@@ -110,7 +117,7 @@ struct Passes {
     OpCall<T> call;
     call.node = &node;
     call.images = net.images;
-    call.tile = tile;
+    call.tiles = tiles;
     for (int j = 0; j < 2; ++j) {
       if (node.op.input[j] >= 0) call.x[j] = value_of(frame, node.op.input[j]);
       if (node.op.param[j] >= 0) call.p[j] = theta + parameter_at(node, j, pass);

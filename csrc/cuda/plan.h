@@ -1,6 +1,8 @@
 // Plans on the host: a network for a number of samples, and where a task's buffers lie.
 #pragma once
 
+#include <algorithm>
+
 #include "arguments.h"
 #include "device.h"
 #include "ops/table.h"
@@ -28,7 +30,6 @@ class Network {
     p.sample = graph.values[0];
     p.result = graph.values[graph.output];
     std::vector<Place> places(graph.values.size());
-    std::vector<Node> nodes;
     p.input = (images * p.sample.size() + 3) / 4 * 4;
     for (size_t v = 0; v < places.size(); ++v) {
       const int64_t size = images * graph.values[v].size();
@@ -39,6 +40,18 @@ class Network {
       if (flow.moves[v] || flow.reaches[v] || int(v) == graph.output)
         place.adjoint = take(place.border ? p.carried : p.adjoints, size);
     }
+    std::vector<int> uses(graph.parameters.size());
+    int64_t taps_count = 0;
+    for (const Op& op : graph.ops) {
+      for (int param : op.param)
+        if (param >= 0) ++uses[param];
+      taps_count += taps_of(op, graph.values[op.input[0]]) + taps_of(op, graph.values[op.output]);
+    }
+    updated_.assign(graph.parameters.size(), false);
+    taps_.resize(taps_count);
+    std::vector<Tap> taps;
+    std::vector<Node> nodes;
+    std::vector<char> is_relu(graph.values.size());  // of a product
     for (size_t i = 0; i < graph.ops.size(); ++i) {
       const Op& op = graph.ops[i];
       Node node;
@@ -51,20 +64,31 @@ class Network {
         if (op.input[j] >= 0) {
           node.in[j] = graph.values[op.input[j]];
           node.moves[j] = flow.moves[op.input[j]];
+          node.masked[j] = is_relu[op.input[j]];
         }
         if (op.param[j] < 0) continue;
         const Parameter& parameter = graph.parameters[op.param[j]];
         node.adapted[j] = adapted[op.param[j]];
+        node.updates[j] = node.inner.dp[j] && uses[op.param[j]] == 1 && parameter.rows == 1;
         node.param[j] = offsets[op.param[j]];
         node.rows[j] = parameter.rows;
         node.row[j] = int(parameter.size() / parameter.rows);
+        updated_[op.param[j]] = node.updates[j];
       }
-      if (op.kind == OpKind::kBatchNorm && op.buffer[0] < 0 && images * node.out.pixels() < 2)
+      is_relu[op.output] = op.kind == OpKind::kConv2d && op.relu;
+      if (op.kind == OpKind::kBatchNorm && op.buffer[0] < 0 && images * node.in[0].pixels() < 2)
         throw std::invalid_argument("batch norm needs at least 2 values a channel (got 1 sample of 1 pixel)");
-      node.saved = take(node.still ? p.still : p.saved, saved_size(op, node.out, images));
-      node.saved_tangent = take(p.tangents_saved, saved_tangent_size(op, node.out, images));
+      node.saved = take(node.still ? p.still : p.saved, saved_size(op, node.in[0], node.out, images));
+      node.saved_tangent = take(p.tangents_saved, saved_tangent_size(op, node.in[0], images));
+      add_divisors(node, images);
+      if (op.kind == OpKind::kConv2d) add_taps(node, taps);
       nodes.push_back(node);
     }
+    for (int64_t size : {p.input, p.values, p.adjoints, p.saved, p.still, p.carried})
+      if (size > kMostElements)
+        throw std::invalid_argument("activations of a task must have at most 2^30 elements on a GPU (got " +
+                                    std::to_string(size) + ")");
+    taps_.assign(taps);
     nodes_.assign(nodes);
     places_.assign(places);
     p.nodes = nodes_.data();
@@ -73,8 +97,45 @@ class Network {
 
   const Program& program() const { return program_; }
 
+  // Of each parameter, whether an inner step of it is made where its gradient is found.
+  const std::vector<char>& updated() const { return updated_; }
+
  private:
+  static int64_t taps_of(const Op& op, const Shape& side) {
+    return op.kind == OpKind::kConv2d ? int64_t{side.channels} * op.kernel.y * op.kernel.x : 0;
+  }
+
+  static void add_divisors(Node& node, int images) {
+    const int64_t most = images * std::max(node.in[0].size(), node.out.size());
+    node.by_in_pixels = Divide(node.in[0].pixels(), most);
+    node.by_in_width = Divide(node.in[0].width, most);
+    node.by_out_pixels = Divide(node.out.pixels(), most);
+    node.by_out_width = Divide(node.out.width, most);
+    node.by_stride_y = Divide(node.op.stride.y, most);
+    node.by_stride_x = Divide(node.op.stride.x, most);
+  }
+
+  void add_taps(Node& node, std::vector<Tap>& taps) const {
+    const Op& op = node.op;
+    const Shape &in = node.in[0], &out = node.out;
+    const int kernel = op.kernel.y * op.kernel.x;
+    const auto add = [&](bool back, int channel, int tap) {
+      const int y = tap / op.kernel.x * op.dilation.y, x = tap % op.kernel.x * op.dilation.x;
+      taps.push_back({back ? channel * out.pixels() : channel * in.pixels() + y * in.width + x,
+                      back ? channel * in.channels * kernel + tap : 0, short(y), short(x)});
+    };
+    for (const bool back : {false, true}) {
+      (back ? node.taps_back : node.taps) = taps_.data() + taps.size();
+      for (int channel = 0; channel < (back ? out : in).channels; ++channel)
+        for (int tap = 0; tap < kernel; ++tap) add(back, channel, tap);
+    }
+  }
+
+  static constexpr int64_t kMostElements = int64_t{1} << 30;  // they are counted in 32 bits
+
   Program program_;
+  std::vector<char> updated_;
+  Array<Tap, DeviceMemory> taps_;
   Array<Node, DeviceMemory> nodes_;
   Array<Place, DeviceMemory> places_;
 };
@@ -87,16 +148,22 @@ struct Layout {
   // Everything in shared memory, with frames for as many steps as fit: at least one, at most `most_slots`. Elements in
   // `workspace` say that not even this fits.
   template <class T>
-  static Layout in_shared_memory(const Arguments<T>& a, int warps, int64_t shared_limit, int most_slots) {
-    Layout layout = of(a, warps, shared_limit, most_slots, 0);
+  static Layout in_shared_memory(const Arguments<T>& a, int64_t shared_limit, int most_slots) {
+    Layout layout = of(a, 1, shared_limit, most_slots, false);
     for (int slots = most_slots - 1; slots > 0 && layout.workspace > 0; --slots)
-      layout = of(a, warps, shared_limit, slots, 0);
+      layout = of(a, 1, shared_limit, slots, false);
     return layout;
   }
 
-  // For teams of so many warps in all: `tile` elements of shared memory for tiles, and of the rest what fits there.
+  // For teams of so many blocks: tiles in shared memory, and of the rest what fits there.
   template <class T>
-  static Layout of(const Arguments<T>& a, int warps, int64_t shared_limit, int slots, int64_t tile) {
+  static Layout with_tiles(const Arguments<T>& a, int members, int64_t shared_limit, int slots) {
+    return of(a, members, shared_limit, slots, true);
+  }
+
+ private:
+  template <class T>
+  static Layout of(const Arguments<T>& a, int members, int64_t shared_limit, int slots, bool tiles) {
     Layout layout;
     Regions& r = layout.regions;
     const auto put = [&](Region& region, int64_t size, bool wanted) {
@@ -110,22 +177,24 @@ struct Layout {
     const int64_t query = a.has_query ? frame(a.query, a.loss, true) : 0;
     r.slots_kept = slots;
     r.slot = a.has_support ? frame(support, a.loss, a.rows != nullptr) : 0;
-    if (tile) r.tile = {take(layout.shared, tile), true};
-    put(r.sums, warps, true);
+    if (tiles) r.tile = {take(layout.shared, kTileShared), true};
+    put(r.sums, 2 * members * kThreads / kWarp, true);
     put(r.gradient, a.flat, true);
     put(r.tangent, a.flat, second_order);
     put(r.slots, slots * r.slot, a.has_support);
     put(r.tangents, tangents > query ? tangents : query, true);
     put(r.input, support.input, a.has_support && !a.rows);
-    put(r.path, (a.keep_path ? a.steps + 1 : 1) * a.flat, true);
+    put(r.path, (a.keep_path || a.steps == 0 ? a.steps + 1 : 2) * a.flat, true);
     put(r.carry, a.flat, a.reverse && a.momentum != 0);
     put(r.directions, (a.keep_directions ? a.steps : 1) * a.flat, a.remembers || adam);
     put(r.second, a.flat, adam);
     put(r.still, support.still, support.still > 0);
     put(r.carried, support.carried, second_order && support.carried > 0);
+    if (members > 1) r.partials = {take(layout.workspace, int64_t{members} * kTilePartials), false};
     return layout;
   }
 
+ public:
   // Elements of a frame: values, adjoints, what ops and the loss save, and its own input.
   static int64_t frame(const Program& p, LossKind loss, bool input) {
     const int64_t probabilities = loss == LossKind::kCrossEntropy ? p.images * p.result.size() : 0;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../flow.h"
+#include "divide.h"
 
 namespace metaaug::cuda {
 
@@ -12,14 +13,25 @@ struct Place {
   bool still = false, border = false;  // see Flow
 };
 
+// What one weight of a convolution reads: from a window's first pixel so many elements on, so many rows and columns in.
+// On the way back it is an output channel's tap: the channel's start, and where its first weight lies.
+struct Tap {
+  int offset, weight;
+  short y, x;
+};
+
 // One op, with all that a kernel has to know of it.
 struct Node {
   Op op;
   Shape in[2], out;
+  Divide by_in_pixels, by_in_width, by_out_pixels, by_out_width, by_stride_y, by_stride_x;
+  const Tap *taps = nullptr, *taps_back = nullptr;  // [inputs, kernel], [outputs, kernel]
   Wants inner, outer;
   bool still = false;                     // see Flow
   bool moves[2] = {false, false};         // its inputs
+  bool masked[2] = {false, false};        // whether an input is a product's relu, whose zeros let no adjoint through
   bool adapted[2] = {false, false};       // its parameters
+  bool updates[2] = {false, false};       // whether an inner step of a parameter is done with its gradient
   int64_t param[2] = {0, 0};              // offsets in theta
   int rows[2] = {1, 1}, row[2] = {0, 0};  // of a parameter with a row for each step: how many, and their size
   int64_t saved = 0, saved_tangent = 0;

@@ -44,19 +44,20 @@ METAAUG_KERNEL void sample_episodes(const Episodes<T> e) {
     const uint64_t task_key = mix64(e.key + kGolden * uint64_t(task + 1));
     if (thread() == 0) draw_distinct(task_key, 0, e.classes, e.ways, drawn);
     sync();
-    each(e.ways, [&](int64_t way) {
+    each(e.ways, [&](int way) {
       const int64_t c = drawn[way];
       draw_distinct(task_key, e.ways + way * e.rows(), e.sizes[c], e.rows(), rows + way * e.rows());
       for (int i = 0; i < e.rows(); ++i) rows[way * e.rows() + i] += e.first[c];
     });
     sync();
     const auto gather = [&](int from, int count, T* x, int64_t* y) {
-      const int64_t samples = int64_t{e.ways} * count;
-      each(samples * e.sample, [&](int64_t i) {
-        const int64_t n = i / e.sample, row = rows[n / count * e.rows() + from + n % count];
-        x[task * samples * e.sample + i] = pixel_of(e, row * e.sample + i % e.sample);
+      const int samples = e.ways * count, size = int(e.sample);
+      each(int64_t{samples} * size, [&](int i) {
+        const int n = i / size;
+        const int64_t row = rows[n / count * e.rows() + from + n % count];
+        x[int64_t{task} * samples * size + i] = pixel_of(e, row * size + i % size);
       });
-      each(samples, [&](int64_t n) { y[task * samples + n] = n / count; });
+      each(samples, [&](int n) { y[int64_t{task} * samples + n] = n / count; });
     };
     gather(0, e.shots, e.support_x, e.support_y);
     gather(e.shots, e.queries, e.query_x, e.query_y);

@@ -20,7 +20,6 @@ class Task {
     directions = place(r.directions);
     second = place(r.second);
     carry = place(r.carry);
-    tile = place(r.tile);
     rate_row = row + (a.row_size - (a.sums_rates ? a.rates : 0));
   }
 
@@ -31,14 +30,13 @@ class Task {
       if (!a.reverse && a.step_weights && k + 1 < a.steps) judge(k + 1, nullptr);
     }
     const T* last = theta(a.steps);
-    if (a.out_flat) each(a.flat, [&](int64_t i) { a.out_flat[task * a.flat + i] = last[i]; });
-    if (a.sums_displacement)
-      each_parameter([&](int p, int64_t i, int64_t at) { row[at] = last[at] - a.parameter[p][i]; });
+    if (a.out_flat) each(a.flat, [&](int i) { a.out_flat[task * a.flat + i] = last[i]; });
+    if (a.sums_displacement) each_parameter([&](int p, int i, int64_t at) { row[at] = last[at] - a.parameter[p][i]; });
     T* const adjoint = a.reverse ? gradient : nullptr;
     if (adjoint) clear(adjoint, a.flat);
     if (a.has_query) judge(a.steps, adjoint);
     if (!a.reverse) return;
-    if (a.flat_adjoint) each(a.flat, [&](int64_t i) { adjoint[i] = a.flat_adjoint[task * a.flat + i]; });
+    if (a.flat_adjoint) each(a.flat, [&](int i) { adjoint[i] = a.flat_adjoint[task * a.flat + i]; });
     if (carry) clear(carry, a.flat);
     const Frame<T> tangents = tangents_frame();
     if (tangents.carried) clear(tangents.carried, a.support.carried);
@@ -59,23 +57,26 @@ class Task {
   }
 
   METAAUG_DEVICE static void clear(T* values, int64_t size) {
-    each(size, [&](int64_t i) { values[i] = T(0); });
+    each(size, [&](int i) { values[i] = T(0); });
   }
 
-  // Calls body(parameter, element, its place in theta).
+  // Calls body(parameter, element, its place in theta); `with_updated`: also of parameters whose steps ops make.
   template <class Body>
-  METAAUG_DEVICE void each_parameter(const Body& body) const {
+  METAAUG_DEVICE void each_parameter(const Body& body, bool with_updated = true) const {
     for (int p = 0; p < a.parameters; ++p) {
+      if (!with_updated && a.rate_form[p] & kUpdatedByOp) continue;
       const int64_t first = a.offsets[p];
-      each(a.offsets[p + 1] - first, [&](int64_t i) { body(p, i, first + i); });
+      each(a.offsets[p + 1] - first, [&](int i) { body(p, i, first + i); });
     }
   }
 
-  METAAUG_DEVICE const T* theta(int k) const { return path + (a.keep_path ? k * a.flat : 0); }
+  METAAUG_DEVICE T* theta(int k) const { return path + (a.keep_path ? k : k % 2) * a.flat; }
   METAAUG_DEVICE T* direction(int k) const { return directions + (a.keep_directions ? k * a.flat : 0); }
   METAAUG_DEVICE bool kept(int k) const { return k >= a.steps - a.regions.slots_kept; }
   METAAUG_DEVICE Pass pass(int index, int step) const { return {step, a.seed, uint32_t(task), uint32_t(index)}; }
-  METAAUG_DEVICE Passes<T> passes(const Program& net) const { return {net, a.frozen, tile}; }
+  METAAUG_DEVICE Passes<T> passes(const Program& net) const {
+    return {net, a.frozen, {place(a.regions.tile), place(a.regions.partials), a.precision}};
+  }
 
   METAAUG_DEVICE Frame<T> frame(T* memory, const Program& net) const {
     Frame<T> f;
@@ -139,8 +140,8 @@ class Task {
   // sample's.
   template <class Body>
   METAAUG_DEVICE static void each_row(int images, int samples, const int64_t* rows, const Body& body) {
-    if (!rows) return each(images, [&](int64_t n) { body(int(n)); });
-    each(samples, [&](int64_t sample) {
+    if (!rows) return each(images, [&](int n) { body(n); });
+    each(samples, [&](int sample) {
       for (int n = 0; n < images; ++n)
         if (rows[n] == sample) body(n);
     });
@@ -165,25 +166,24 @@ class Task {
   }
 
   METAAUG_DEVICE void load(const Program& net, const T* x, int samples, const int64_t* rows, T* input) const {
-    const int64_t size = net.sample.size();
+    const int size = int(net.sample.size());
     const T* from = x + int64_t{task} * samples * size;
-    each(net.images * size, [&](int64_t i) { input[i] = from[rows ? rows[i / size] * size + i % size : i]; });
+    each(net.images * size, [&](int i) { input[i] = from[rows ? int(rows[i / size]) * size + i % size : i]; });
   }
 
   // Adds the input's adjoint to one in the user's layout; a thread has all that is added to an element.
   METAAUG_DEVICE void unload(const Program& net, const T* adjoint, int samples, const int64_t* rows, T* target) const {
-    const int64_t size = net.sample.size();
+    const int size = int(net.sample.size());
     T* to = target + int64_t{task} * samples * size;
-    each(size, [&](int64_t i) {
+    each(size, [&](int i) {
       for (int n = 0; n < net.images; ++n) to[(rows ? rows[n] : n) * size + i] += adjoint[n * size + i];
     });
   }
 
   METAAUG_DEVICE void start() {
     if (thread() == 0) a.failures[task] = {Failure::kNothing, 0, 0, 0};
-    each_parameter([&](int p, int64_t i, int64_t at) {
-      path[at] = a.initial ? a.initial[task * a.flat + at] : a.parameter[p][i];
-    });
+    each_parameter(
+        [&](int p, int i, int64_t at) { path[at] = a.initial ? a.initial[task * a.flat + at] : a.parameter[p][i]; });
     if (second) {
       clear(directions, a.flat);
       clear(second, a.flat);
@@ -193,8 +193,9 @@ class Task {
     sync();
   }
 
-  // Activations and adjoints of step k at theta_k; without `grad`, once more.
-  METAAUG_DEVICE T evaluate(int k, T* grad) {
+  // Activations and adjoints of step k at theta_k, whose gradient goes to `update` or, where that may not be, to
+  // `gradient`; without `update`, activations and adjoints once more. The loss is the first thread's.
+  METAAUG_DEVICE T evaluate(int k, const Update<T>* update) {
     const Program& net = a.support;
     const Frame<T> f = slot(k);
     const Passes<T> run = passes(net);
@@ -202,59 +203,40 @@ class Task {
       load(net, a.support_x, a.supports, rows(k), f.input);
       sync();
     }
-    run.forward(f, theta(k), pass(2 * k, k), k > 0 || !grad);
+    run.forward(f, theta(k), pass(2 * k, k), k > 0 || !update);
     const LossPlan<T> plan = loss(net);
     const Targets<T> y = support_targets(k);
     const T* z = run.value_of(f, net.output);
     T *dz = run.adjoint_of(f, net.output), *p = probabilities(net, f);
     T total = 0;
-    each(net.images, [&](int64_t n) {
-      const int64_t at = n * plan.classes;
-      total += plan.value(y, int(n), z + at, T(1), p + at, dz + at, static_cast<T*>(nullptr));
+    each(net.images, [&](int n) {
+      const int at = n * plan.classes;
+      total += plan.value(y, n, z + at, T(1), p + at, dz + at, static_cast<T*>(nullptr));
     });
     total = sum_all(total, sums);
-    if (net.output_moves) run.backward(f, theta(k), pass(2 * k, k), false, grad);
+    if (net.output_moves) run.step_backward(f, theta(k), pass(2 * k, k), update ? gradient : nullptr, update);
     return total;
   }
 
   METAAUG_DEVICE void step(int k) {
-    clear(gradient, a.flat);  // the forward pass has barriers enough
-    check(evaluate(k, gradient), k, false);
-    T* to = path + (a.keep_path ? (k + 1) * a.flat : 0);
-    const T* from = theta(k);
-    const T momentum = k > 0 ? T(a.momentum) : T(0), decay = T(a.weight_decay);
-    const T correction1 = T(1 / (1 - std::pow(a.beta1, double(k + 1))));
-    const T correction2 = T(1 / (1 - std::pow(a.beta2, double(k + 1))));
-    bool finite = true;
-    each_parameter([&](int p, int64_t i, int64_t at) {
-      const T here = from[at];
-      if (!a.rate[p]) {
-        to[at] = here;
-        return;
-      }
-      T m = gradient[at] + decay * here;
-      if (second) {  // bias-corrected ratio of moments (Kingma and Ba 2015)
-        const T m1 = T(a.beta1) * directions[at] + (T(1) - T(a.beta1)) * m;
-        const T m2 = T(a.beta2) * second[at] + (T(1) - T(a.beta2)) * m * m;
-        directions[at] = m1;
-        second[at] = m2;
-        m = m1 * correction1 / (std::sqrt(m2 * correction2) + T(a.eps));
-      } else if (a.remembers) {
-        if (momentum != T(0)) m += momentum * direction(k - 1)[at];
-        direction(k)[at] = m;
-      }
-      to[at] = here - rate(p, k, i) * m;
-      finite &= is_finite(to[at]);
-    });
-    check_all(finite, to, Failure::kWeight, k);
+    T* const to = theta(k + 1);
+    T* const direction = second ? directions : a.remembers ? this->direction(k) : nullptr;
+    const T* const before = k > 0 && direction ? this->direction(k - 1) : nullptr;
+    const Update<T> update(a, k, theta(k), to, direction, before, second);
+    each_parameter(
+        [&](int p, int i, int64_t at) {
+          if (!a.rate[p]) to[at] = theta(k)[at];
+          gradient[at] = T(0);
+        },
+        false);
+    check(evaluate(k, &update), k, false);
+    each_parameter(
+        [&](int p, int i, int64_t at) {
+          if (a.rate[p]) update(p, i, gradient[at]);
+        },
+        false);
+    check_all(update.finite, to, Failure::kWeight, k);
   }
-
-  METAAUG_DEVICE int64_t rate_at(int p, int k, int64_t i) const {
-    const bool per_element = a.rate_form[p] & kPerElement;
-    const int64_t size = per_element ? a.offsets[p + 1] - a.offsets[p] : 1;
-    return (a.rate_form[p] & kPerStep ? k * size : 0) + (per_element ? i : 0);
-  }
-  METAAUG_DEVICE T rate(int p, int k, int64_t i) const { return a.rate[p][rate_at(p, k, i)]; }
 
   // The query pass after k steps. With `grad`, adds its share of dL/dtheta_k there.
   METAAUG_DEVICE void judge(int k, T* grad) {
@@ -273,23 +255,23 @@ class Task {
     const T* z = run.value_of(f, net.output);
     T* dz = grad ? run.adjoint_of(f, net.output) : nullptr;
     const int64_t outputs = net.result.size(), size = net.images * outputs, first = task * size;
-    if (is_last && a.predictions) each(size, [&](int64_t i) { a.predictions[first + i] = z[i]; });
+    if (is_last && a.predictions) each(size, [&](int i) { a.predictions[first + i] = z[i]; });
     if (is_last && a.statistics) write_statistics(net, f);
     if (a.prediction_adjoint) {
-      if (dz) each(size, [&](int64_t i) { dz[i] = a.prediction_adjoint[first + i]; });
+      if (dz) each(size, [&](int i) { dz[i] = a.prediction_adjoint[first + i]; });
       sync();
     } else if (a.query_ids || a.query_y) {
       const T scale = weight * (a.task_weights ? a.task_weights[task] : T(1) / T(a.all_tasks));
       T* dy = a.grad_query_y ? a.grad_query_y + first : nullptr;
       const Targets<T> y = query_targets();
       T total = 0, right = 0;
-      each(net.images, [&](int64_t n) {
+      each(net.images, [&](int n) {
         const int64_t at = n * outputs;
-        total += plan.value(y, int(n), z + at, scale, probabilities(net, f) + at, dz ? dz + at : nullptr, dy);
-        if (is_last && a.accuracy) right += T(plan.right(y, int(n), z + at));
+        total += plan.value(y, n, z + at, scale, probabilities(net, f) + at, dz ? dz + at : nullptr, dy);
+        if (is_last && a.accuracy) right += T(plan.right(y, n, z + at));
       });
       total = sum_all(total, sums);
-      if (is_last && a.accuracy) right = sum_all(right, sums);
+      if (is_last && a.accuracy) right = sum_all(right, sums + warps());
       check(total, k, true);
       if (thread() == 0) {
         if (a.step_losses && k > 0) a.step_losses[int64_t{task} * a.steps + k - 1] = total;
@@ -298,7 +280,7 @@ class Task {
       }
     }
     if (!grad) return;
-    run.backward(f, theta(k), query_pass, true, grad);
+    run.backward(f, theta(k), query_pass, grad);
     if (a.grad_query_x) unload(net, run.adjoint_of(f, 0), a.queries, nullptr, a.grad_query_x);
     sync();
   }
@@ -310,11 +292,12 @@ class Task {
       const Node& node = net.nodes[i];
       if (node.op.kind != OpKind::kBatchNorm) continue;
       const int channels = node.out.channels;
-      const T count = T(net.images) * T(node.out.pixels());
+      const T count = T(net.images) * T(node.in[0].pixels());
       const T* saved = f.saved + node.saved;
-      each(channels, [&](int64_t c) {
-        to[c] = saved[Norm<T>::kSaved * c];
-        to[channels + c] = saved[Norm<T>::kSaved * c + 2] * (count / (count > T(1) ? count - T(1) : T(1)));
+      each(channels, [&](int c) {
+        to[c] = saved[BatchNorm<T, false, false>::kSaved * c];
+        to[channels + c] =
+            saved[BatchNorm<T, false, false>::kSaved * c + 2] * (count / (count > T(1) ? count - T(1) : T(1)));
       });
       to += 2 * channels;
     }
@@ -326,9 +309,9 @@ class Task {
     T* v = gradient;
     if (a.sums_rates) add_rate_gradients(k, v);
     const T decay = T(a.weight_decay), momentum = T(a.momentum);
-    each_parameter([&](int p, int64_t i, int64_t at) {
+    each_parameter([&](int p, int i, int64_t at) {
       if (!a.rate[p]) return;
-      T u = rate(p, k, i) * v[at];
+      T u = Update<T>::rate(a, p, k, i) * v[at];
       if (carry) {
         u += carry[at];
         carry[at] = momentum * u;
@@ -348,12 +331,13 @@ class Task {
       const int64_t first = a.offsets[p], size = a.offsets[p + 1] - first;
       T* to = rate_row + a.rate_offset[p];
       if (a.rate_form[p] & kPerElement) {
-        each(size, [&](int64_t i) { to[rate_at(p, k, i)] -= v[first + i] * m[first + i]; });
+        each(size, [&](int i) { to[Update<T>::rate_at(a, p, k, i)] -= v[first + i] * m[first + i]; });
       } else {
         T sum = 0;
-        each(size, [&](int64_t i) { sum += v[first + i] * m[first + i]; });
+        each(size, [&](int i) { sum += v[first + i] * m[first + i]; });
         sum = sum_all(sum, sums);
-        if (thread() == 0) to[rate_at(p, k, 0)] -= sum;
+        sync();  // the next one's sums
+        if (thread() == 0) to[Update<T>::rate_at(a, p, k, 0)] -= sum;
       }
     }
   }
@@ -384,7 +368,7 @@ class Task {
 
   METAAUG_DEVICE void finish() {
     bool finite = true;
-    each(a.flat, [&](int64_t i) {
+    each(a.flat, [&](int i) {
       finite &= is_finite(gradient[i]);
       if (a.sums_gradient) row[i] = gradient[i];
       if (a.grad_initial) a.grad_initial[task * a.flat + i] = gradient[i];
@@ -395,7 +379,7 @@ class Task {
   const Arguments<T>& a;
   const int task;
   T* const row;
-  T *sums, *path, *gradient, *tangent, *directions, *second, *carry, *tile, *rate_row;
+  T *sums, *path, *gradient, *tangent, *directions, *second, *carry, *rate_row;
 };
 
 }  // namespace metaaug::cuda

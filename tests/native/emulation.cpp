@@ -4,6 +4,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -180,6 +181,53 @@ void run_team(std::mt19937& generator) {
   }
 }
 
+uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+// To the nearest with so many bits less of the mantissa; halves go away from zero, or to even. What is not finite stays
+// so.
+uint32_t rounded(float value, int less, bool to_even) {
+  const uint32_t bits = bits_of(value), half = 1U << (less - 1), mask = ~((1U << less) - 1);
+  if (!std::isfinite(value)) return (bits & mask) | (std::isnan(value) ? 0x7fc00000U : 0);
+  return (bits + half - (to_even && !(bits >> less & 1) ? 1 : 0)) & mask;
+}
+
+struct Fragment {
+  float sum[4];
+  uint32_t a[4], b[2];
+};
+
+// The value at a depth of row or column g: which lane has it, in which register, in which half.
+template <bool kBf16>
+float element(const Fragment* lanes, int g, int depth, int row_half, bool of_a) {
+  const int pair = kBf16 ? depth / 2 : depth, lane = g * 4 + pair % 4;
+  const uint32_t bits = of_a ? lanes[lane].a[pair / 4 * 2 + row_half] : lanes[lane].b[pair / 4];
+  if (!kBf16) return float_of(bits);
+  return float_of(depth % 2 ? bits & 0xffff0000U : bits << 16);
+}
+
+template <bool kBf16>
+void multiply_lanes(void* values) {
+  Fragment* lanes = static_cast<Fragment*>(values);
+  for (int lane = 0; lane < kWarp; ++lane)
+    for (int i = 0; i < 4; ++i) {
+      double sum = lanes[lane].sum[i];
+      for (int depth = 0; depth < (kBf16 ? 16 : 8); ++depth)
+        sum += double(element<kBf16>(lanes, lane / 4, depth, i / 2, true)) *
+               double(element<kBf16>(lanes, lane % 4 * 2 + i % 2, depth, 0, false));
+      lanes[lane].sum[i] = float(sum);
+    }
+}
+
 uint32_t next_seed() {
   static std::mt19937 seeds([] {
     const char* asked = std::getenv("METAAUG_EMULATION_SEED");
@@ -229,6 +277,18 @@ void exchange(void* value, size_t size, void (*combine)(void*)) {
   fiber.size = size;
   fiber.combine = combine;
   leave(State::kInWarp);
+}
+
+uint32_t as_tf32(float value) { return rounded(value, 13, false); }
+uint32_t as_bf16_pair(float low, float high) { return rounded(low, 16, true) >> 16 | rounded(high, 16, true); }
+
+void multiply_fragments(bool bf16, float* sum, const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  Fragment f;
+  std::memcpy(f.sum, sum, sizeof(f.sum));
+  std::memcpy(f.a, a, sizeof(a));
+  std::memcpy(f.b, b, sizeof(b));
+  exchange(&f, sizeof(f), bf16 ? multiply_lanes<true> : multiply_lanes<false>);
+  std::memcpy(sum, f.sum, sizeof(f.sum));
 }
 
 }  // namespace metaaug::cuda::emulation

@@ -46,4 +46,9 @@ T warp_sum(T value) {
   return value;
 }
 
+// A tensor core's roundings, and its product of what the lanes of a warp hold; see csrc/cuda/block.h.
+uint32_t as_tf32(float value);
+uint32_t as_bf16_pair(float low, float high);
+void multiply_fragments(bool bf16, float* sum, const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
 }  // namespace metaaug::cuda::emulation

@@ -76,7 +76,7 @@ def program(name: str, sources: list[Path], sanitizers: str, tmp_path: Path) -> 
 def engine() -> list[Path]:
     """Sources of the CPU engine, for any processor."""
     widest = ENGINE / "isa" / "avx512.cpp" if _C.instruction_set() == "avx512" else HERE / "wide.cpp"
-    shared = [ROOT / "csrc" / "call.cpp", ROOT / "csrc" / "flow.cpp"]
+    shared = [ROOT / "csrc" / name for name in ("call.cpp", "flow.cpp", "fuse.cpp")]
     return [widest, ENGINE / "isa" / "avx2.cpp", ENGINE / "isa" / "baseline.cpp", *shared, *ENGINE.glob("*.cpp")]
 
 

@@ -22,4 +22,5 @@
 #include <vector>
 
 #include "../../flow.h"
+#include "../../fuse.h"
 #include "../engine.h"

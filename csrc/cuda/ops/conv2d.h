@@ -12,19 +12,19 @@ struct Conv2d {
 
   METAAUG_DEVICE static void forward(const OpCall<T>& call) {
     const Product product[] = {{call.x[0], call.p[0]}};
-    convolve(call, product, 1, call.p[1], call.y);
+    convolve(call, product, 1, call.p[1], [&](int i, T value) { call.put_output(i, value); });
   }
 
   METAAUG_DEVICE static void backward(const OpCall<T>& call) {
     if (call.dx[0]) {
       const Product product[] = {{call.dy, call.p[0]}};
-      convolve_back(call, product, 1, call.dx[0]);
+      convolve_back(call, product, 1, call.dx);
     }
     if (call.dp[0]) {
       const Product product[] = {{call.x[0], call.dy}};
-      weight_gradient(call, product, 1, call.dp[0]);
+      weight_gradient(call, product, 1, call.dp);
     }
-    if (call.dp[1]) bias_gradient(call, call.dy, call.dp[1]);
+    if (call.dp[1]) bias_gradient(call, call.dy, call.dp);
   }
 
   METAAUG_DEVICE static void tangent(const OpCall<T>& call) {
@@ -32,19 +32,19 @@ struct Conv2d {
     int terms = 0;
     if (call.x_t[0]) products[terms++] = {call.x_t[0], call.p[0]};
     if (call.p_t[0]) products[terms++] = {call.x[0], call.p_t[0]};
-    convolve(call, products, terms, call.p_t[1], call.y_t);
+    convolve(call, products, terms, call.p_t[1], [&](int i, T value) { call.put_tangent(i, value); });
   }
 
   METAAUG_DEVICE static void tangent_backward(const OpCall<T>& call) {
     if (call.dx_t[0]) {
       const Product products[] = {{call.dy_t, call.p[0]}, {call.dy, call.p_t[0]}};
-      convolve_back(call, products, call.p_t[0] ? 2 : 1, call.dx_t[0]);
+      convolve_back(call, products, call.p_t[0] ? 2 : 1, call.dx_t);
     }
     if (call.dp_t[0]) {
       const Product products[] = {{call.x[0], call.dy_t}, {call.x_t[0], call.dy}};
-      weight_gradient(call, products, call.x_t[0] ? 2 : 1, call.dp_t[0]);
+      weight_gradient(call, products, call.x_t[0] ? 2 : 1, call.dp_t);
     }
-    if (call.dp_t[1]) bias_gradient(call, call.dy_t, call.dp_t[1]);
+    if (call.dp_t[1]) bias_gradient(call, call.dy_t, call.dp_t);
   }
 
  private:
@@ -55,31 +55,38 @@ struct Conv2d {
 
   // A[m, k] or B[k, n] by its strides.
   struct Strides {
-    int64_t row, column;
+    int row, column;
   };
 
   // C[m, n] = start(n) + the sum of A B over the products, handed to store(m, n, value). A thread makes 2x2 of C, for
-  // twice the products of each value read.
+  // twice the products of each value read. Neighbouring threads read B at neighbouring n; where these lie an even
+  // number of elements apart, each begins at another k, so that they do not all want the same bank of memory.
   template <class Start, class Store>
   METAAUG_DEVICE static void multiply(int rows, int columns, int depth, const Product* products, int terms, Strides a,
                                       Strides b, const Start& start, const Store& store) {
     const int across = (columns + 1) / 2, down = (rows + 1) / 2;
-    each(int64_t{down} * across, [&](int64_t tile) {
-      const int m = int(tile / across) * 2, n = int(tile % across) * 2;
-      const int m1 = m + 1 < rows ? m + 1 : m, n1 = n + 1 < columns ? n + 1 : n;
+    each(down * across, [&](int tile) {
+      const int m = tile / across, n = tile - m * across;
+      const int m1 = m + down < rows ? m + down : m, n1 = n + across < columns ? n + across : n;
+      const int begin = b.column % 2 == 0 ? n % depth : 0;
       T c00 = start(n), c01 = start(n1), c10 = c00, c11 = c01;
       for (int term = 0; term < terms; ++term) {
         const T *a0 = products[term].a + m * a.row, *a1 = products[term].a + m1 * a.row;
         const T *b0 = products[term].b + n * b.column, *b1 = products[term].b + n1 * b.column;
+        int ka = begin * a.column, kb = begin * b.row;
 #if defined(__CUDACC__)
 #pragma unroll 4
 #endif
-        for (int k = 0; k < depth; ++k) {
-          const T x0 = a0[k * a.column], x1 = a1[k * a.column], y0 = b0[k * b.row], y1 = b1[k * b.row];
+        for (int left = depth, k = begin; left > 0; --left) {
+          const T x0 = a0[ka], x1 = a1[ka], y0 = b0[kb], y1 = b1[kb];
           c00 += x0 * y0;
           c01 += x0 * y1;
           c10 += x1 * y0;
           c11 += x1 * y1;
+          const bool wraps = ++k == depth;
+          k = wraps ? 0 : k;
+          ka = wraps ? 0 : ka + a.column;
+          kb = wraps ? 0 : kb + b.row;
         }
       }
       store(m, n, c00);
@@ -89,28 +96,34 @@ struct Conv2d {
     });
   }
 
-  // y = bias + sum of inputs and weights.
-  METAAUG_DEVICE static void convolve(const OpCall<T>& call, const Product* products, int terms, const T* bias, T* y) {
+  // store(element of y, bias and the sum of inputs and weights)
+  template <class Store>
+  METAAUG_DEVICE static void convolve(const OpCall<T>& call, const Product* products, int terms, const T* bias,
+                                      const Store& store) {
     const Node& node = *call.node;
     const Op& op = node.op;
     const Shape &in = node.in[0], &out = node.out;
-    if (call.tile) return Conv2dTiles<T>(call).convolve(products, terms, bias, y);
+    const int pixels = out.pixels(), kernel = op.kernel.y * op.kernel.x;
+    if (call.tiles.shared)
+      return Conv2dTiles<T>(call).convolve(products, terms, [&](int first, int o, T value) {
+        store(first + o * pixels, value + value_or(bias, o, T(0)));
+      });
     if (linear(node)) {
       const int inputs = in.channels, outputs = out.channels;
       return multiply(
           call.images, outputs, inputs, products, terms, {inputs, 1}, {1, inputs},
-          [&](int o) { return value_or(bias, o, T(0)); }, [&](int n, int o, T value) { y[n * outputs + o] = value; });
+          [&](int o) { return value_or(bias, o, T(0)); },
+          [&](int n, int o, T value) { store(n * outputs + o, value); });
     }
-    const int pixels = out.pixels(), taps = op.kernel.y * op.kernel.x;
-    each(call.images * out.size(), [&](int64_t i) {
-      const int pixel = int(i % pixels), o = int(i / pixels % out.channels);
-      const int64_t first = i / out.size() * in.size();
-      const int top = pixel / out.width * op.stride.y - op.padding.y;
-      const int left = pixel % out.width * op.stride.x - op.padding.x;
+    each(call.images * out.size(), [&](int i) {
+      const int plane = node.by_out_pixels(i), pixel = node.by_out_pixels.rest(i, plane);
+      const int n = plane / out.channels, o = plane - n * out.channels, row = node.by_out_width(pixel);
+      const int top = row * op.stride.y - op.padding.y;
+      const int left = node.by_out_width.rest(pixel, row) * op.stride.x - op.padding.x;
       T sum = value_or(bias, o, T(0));
       for (int term = 0; term < terms; ++term) {
-        const T *x = products[term].a + first, *w = products[term].b + int64_t{o} * in.channels * taps;
-        for (int c = 0; c < in.channels; ++c, x += in.pixels(), w += taps) {
+        const T *x = products[term].a + n * in.size(), *w = products[term].b + o * in.channels * kernel;
+        for (int c = 0; c < in.channels; ++c, x += in.pixels(), w += kernel) {
           for (int ky = 0; ky < op.kernel.y; ++ky) {
             const int iy = top + ky * op.dilation.y;
             if (iy < 0 || iy >= in.height) continue;
@@ -121,72 +134,69 @@ struct Conv2d {
           }
         }
       }
-      y[i] = sum;
+      store(i, sum);
     });
   }
 
   // dx (+)= sum of output adjoints and weights.
-  METAAUG_DEVICE static void convolve_back(const OpCall<T>& call, const Product* products, int terms, T* dx) {
+  METAAUG_DEVICE static void convolve_back(const OpCall<T>& call, const Product* products, int terms, T* const* dx) {
     const Node& node = *call.node;
     const Op& op = node.op;
     const Shape &in = node.in[0], &out = node.out;
-    const bool accumulate = call.accumulate[0];
-    if (call.tile) return Conv2dTiles<T>(call).convolve_back(products, terms, dx);
+    if (call.tiles.shared) return Conv2dTiles<T>(call).convolve_back(products, terms, dx);
     if (linear(node)) {
       const int inputs = in.channels, outputs = out.channels;
       return multiply(
           call.images, inputs, outputs, products, terms, {outputs, 1}, {inputs, 1}, [](int) { return T(0); },
-          [&](int n, int c, T value) { put(dx + n * inputs + c, value, accumulate); });
+          [&](int n, int c, T value) { call.put_adjoint(dx, 0, n * inputs + c, value); });
     }
-    const int pixels = in.pixels(), taps = op.kernel.y * op.kernel.x;
-    each(call.images * in.size(), [&](int64_t i) {
-      const int pixel = int(i % pixels), c = int(i / pixels % in.channels);
-      const int64_t first = i / in.size() * out.size();
-      const int bottom = pixel / in.width + op.padding.y, right = pixel % in.width + op.padding.x;
+    const int kernel = op.kernel.y * op.kernel.x;
+    each(call.images * in.size(), [&](int i) {
+      const int plane = node.by_in_pixels(i), pixel = node.by_in_pixels.rest(i, plane);
+      const int n = plane / in.channels, c = plane - n * in.channels, row = node.by_in_width(pixel);
+      const int bottom = row + op.padding.y, right = node.by_in_width.rest(pixel, row) + op.padding.x;
       T sum = 0;
       for (int ky = 0; ky < op.kernel.y; ++ky) {
-        const int oy = bottom - ky * op.dilation.y;
-        if (oy < 0 || oy % op.stride.y || oy / op.stride.y >= out.height) continue;
+        const int from_y = bottom - ky * op.dilation.y, oy = node.by_stride_y(from_y < 0 ? 0 : from_y);
+        if (from_y < 0 || node.by_stride_y.rest(from_y, oy) || oy >= out.height) continue;
         for (int kx = 0; kx < op.kernel.x; ++kx) {
-          const int ox = right - kx * op.dilation.x;
-          if (ox < 0 || ox % op.stride.x || ox / op.stride.x >= out.width) continue;
-          const int64_t at = first + oy / op.stride.y * out.width + ox / op.stride.x;
-          const int64_t tap = int64_t{c} * taps + ky * op.kernel.x + kx;
+          const int from_x = right - kx * op.dilation.x, ox = node.by_stride_x(from_x < 0 ? 0 : from_x);
+          if (from_x < 0 || node.by_stride_x.rest(from_x, ox) || ox >= out.width) continue;
+          const int at = n * int(out.size()) + oy * out.width + ox, tap = c * kernel + ky * op.kernel.x + kx;
           for (int term = 0; term < terms; ++term) {
             const T *dy = products[term].a + at, *w = products[term].b + tap;
-            for (int o = 0; o < out.channels; ++o)
-              sum += dy[int64_t{o} * out.pixels()] * w[int64_t{o} * in.channels * taps];
+            for (int o = 0; o < out.channels; ++o) sum += dy[o * out.pixels()] * w[o * in.channels * kernel];
           }
         }
       }
-      put(dx + i, sum, accumulate);
+      call.put_adjoint(dx, 0, i, sum);
     });
   }
 
   // dw += sum of inputs and output adjoints.
-  METAAUG_DEVICE static void weight_gradient(const OpCall<T>& call, const Product* products, int terms, T* dw) {
+  METAAUG_DEVICE static void weight_gradient(const OpCall<T>& call, const Product* products, int terms, T* const* dw) {
     const Node& node = *call.node;
     const Op& op = node.op;
     const Shape &in = node.in[0], &out = node.out;
-    if (call.tile) return Conv2dTiles<T>(call).weight_gradient(products, terms, dw);
+    if (call.tiles.shared) return Conv2dTiles<T>(call).weight_gradient(products, terms, dw);
     if (linear(node)) {
       const int inputs = in.channels, outputs = out.channels;
       const Product turned[2] = {{products[0].b, products[0].a},
                                  terms > 1 ? Product{products[1].b, products[1].a} : Product{nullptr, nullptr}};
       return multiply(
           outputs, inputs, call.images, turned, terms, {1, outputs}, {inputs, 1}, [](int) { return T(0); },
-          [&](int o, int c, T value) { dw[o * inputs + c] += value; });
+          [&](int o, int c, T value) { call.add_gradient(dw, 0, o * inputs + c, value); });
     }
-    const int taps = op.kernel.y * op.kernel.x;
-    each(int64_t{out.channels} * in.channels * taps, [&](int64_t i) {
-      const int tap = int(i % taps), c = int(i / taps % in.channels), o = int(i / taps / in.channels);
+    const int kernel = op.kernel.y * op.kernel.x;
+    each(out.channels * in.channels * kernel, [&](int i) {
+      const int tap = i % kernel, c = i / kernel % in.channels, o = i / kernel / in.channels;
       const int shift_y = tap / op.kernel.x * op.dilation.y - op.padding.y;
       const int shift_x = tap % op.kernel.x * op.dilation.x - op.padding.x;
       T sum = 0;
       for (int term = 0; term < terms; ++term)
         for (int n = 0; n < call.images; ++n) {
-          const T* x = products[term].a + n * in.size() + int64_t{c} * in.pixels();
-          const T* dy = products[term].b + n * out.size() + int64_t{o} * out.pixels();
+          const T* x = products[term].a + n * in.size() + c * in.pixels();
+          const T* dy = products[term].b + n * out.size() + o * out.pixels();
           for (int y = 0; y < out.height; ++y) {
             const int iy = y * op.stride.y + shift_y;
             if (iy < 0 || iy >= in.height) continue;
@@ -196,18 +206,26 @@ struct Conv2d {
             }
           }
         }
-      dw[i] += sum;
+      call.add_gradient(dw, 0, i, sum);
     });
   }
 
-  METAAUG_DEVICE static void bias_gradient(const OpCall<T>& call, const T* dy, T* db) {
+  // A thread takes a channel, or a warp one with more pixels than it has lanes.
+  METAAUG_DEVICE static void bias_gradient(const OpCall<T>& call, const T* dy, T* const* db) {
     const Shape& out = call.node->out;
-    const int pixels = out.pixels();
-    each(out.channels, [&](int64_t o) {
-      T sum = 0;
-      for (int n = 0; n < call.images; ++n)
-        for (int pixel = 0; pixel < pixels; ++pixel) sum += dy[n * out.size() + o * pixels + pixel];
-      db[o] += sum;
+    const int pixels = out.pixels(), count = call.images * pixels, size = int(out.size());
+    const auto sum = [&](int o, int first, int step) {
+      T total = 0;
+      for (int i = first; i < count; i += step) {
+        const int n = call.node->by_out_pixels(i);
+        total += dy[n * size + o * pixels + call.node->by_out_pixels.rest(i, n)];
+      }
+      return total;
+    };
+    if (count <= kWarp) return each(out.channels, [&](int o) { call.add_gradient(db, 1, o, sum(o, 0, 1)); });
+    each_of_warp(out.channels, [&](int o) {
+      const T total = warp_sum(sum(o, lane(), kWarp));
+      if (lane() == 0) call.add_gradient(db, 1, o, total);
     });
   }
 };

@@ -2,7 +2,6 @@
 // each pixel reads; for the weight gradient output channels by weights, over pixels of all images.
 #pragma once
 
-#include "op.h"
 #include "tile.h"
 
 namespace metaaug::cuda {
@@ -11,115 +10,100 @@ template <class T>
 struct Conv2dTiles {
   const OpCall<T>& call;
   const Node& node;
-  const Op& op;
   const Shape &in, &out;
-  const int taps, in_pixels, out_pixels, inputs, outputs;
-  const Divide by_taps, by_kernel, by_in_pixels, by_out_pixels, by_in_width, by_out_width;
+  const int kernel, in_pixels, out_pixels, inputs, outputs;
 
   METAAUG_DEVICE explicit Conv2dTiles(const OpCall<T>& call)
       : call(call),
         node(*call.node),
-        op(node.op),
         in(node.in[0]),
         out(node.out),
-        taps(op.kernel.y * op.kernel.x),
+        kernel(node.op.kernel.y * node.op.kernel.x),
         in_pixels(in.pixels()),
         out_pixels(out.pixels()),
         inputs(in.channels),
-        outputs(out.channels),
-        by_taps(taps, int64_t{taps} * (inputs > outputs ? inputs : outputs)),
-        by_kernel(op.kernel.x, taps),
-        by_in_pixels(in_pixels, int64_t{call.images} * in_pixels),
-        by_out_pixels(out_pixels, int64_t{call.images} * out_pixels),
-        by_in_width(in.width, in_pixels),
-        by_out_width(out.width, out_pixels) {}
+        outputs(out.channels) {}
 
   struct Product {
     const T *a, *b;
   };
 
-  // An image's start and where in it a window begins.
+  // Where a window begins: its first pixel, maybe beyond the picture, in the array, in rows and in columns.
   struct Window {
-    int64_t first;
-    int y, x;
+    int first, y, x;
   };
 
-  // y = bias + sum of inputs and weights.
-  METAAUG_DEVICE void convolve(const Product* products, int terms, const T* bias, T* y) const {
-    const int64_t depth = int64_t{inputs} * taps;
-    multiply_tiles(
-        call.tile, call.images * out_pixels, outputs, int(depth), terms, out_pixels == 1,
-        [&](int m) { return window_of_output(m); },
-        [&](int term, const Window& window, int k) {
-          const int c = by_taps(k);
-          return read(products[term].a, window, c, k - c * taps);
-        },
-        [&](int term, int k, int o) { return products[term].b[o * depth + k]; },
-        [&](int m, int o, T value) {
-          const int n = by_out_pixels(m);
-          y[(int64_t{n} * outputs + o) * out_pixels + m - n * out_pixels] = value + value_or(bias, o, T(0));
-        });
+  // store(pixel's place in the first channel of its output, channel, sum of inputs and weights)
+  template <class Store>
+  METAAUG_DEVICE void convolve(const Product* products, int terms, const Store& store) const {
+    const int depth = inputs * kernel;
+    const auto windows =
+        side<false>([&](int m) { return window(m); }, [&](int k) { return node.taps[k]; },
+                    [&](int term, const Window& w, const Tap& t) { return read(products[term].a, w, t); });
+    const auto weights = side<true>([&](int o) { return o * depth; }, [](int k) { return k; },
+                                    [&](int term, int first, int k) { return products[term].b[first + k]; });
+    multiply_tiles(call.tiles, 0, call.images * out_pixels, outputs, depth, terms, windows, weights,
+                   [&](int m, int o, T value) { store(place(m, node.by_out_pixels, out_pixels, outputs), o, value); });
   }
 
-  // dx (+)= sum of output adjoints and weights.
-  METAAUG_DEVICE void convolve_back(const Product* products, int terms, T* dx) const {
-    const bool accumulate = call.accumulate[0];
-    multiply_tiles(
-        call.tile, call.images * in_pixels, inputs, outputs * taps, terms, in_pixels == 1,
-        [&](int m) {
-          const int n = by_in_pixels(m), pixel = m - n * in_pixels, y = by_in_width(pixel);
-          return Window{n * out.size(), y + op.padding.y, pixel - y * in.width + op.padding.x};
-        },
-        [&](int term, const Window& window, int k) {
-          const int o = by_taps(k), tap = k - o * taps, ky = by_kernel(tap), kx = tap - ky * op.kernel.x;
-          int y = window.y - ky * op.dilation.y, x = window.x - kx * op.dilation.x;
-          if (y < 0 || x < 0) return T(0);
-          if (op.stride.y > 1 || op.stride.x > 1) {
-            if (y % op.stride.y || x % op.stride.x) return T(0);
-            y /= op.stride.y;
-            x /= op.stride.x;
-          }
-          if (y >= out.height || x >= out.width) return T(0);
-          return products[term].a[window.first + int64_t{o} * out_pixels + y * out.width + x];
-        },
-        [&](int term, int k, int c) {
-          const int o = by_taps(k);
-          return products[term].b[(int64_t{o} * inputs + c) * taps + k - o * taps];
-        },
-        [&](int m, int c, T value) {
-          const int n = by_in_pixels(m);
-          put(dx + (int64_t{n} * inputs + c) * in_pixels + m - n * in_pixels, value, accumulate);
-        });
+  METAAUG_DEVICE void convolve_back(const Product* products, int terms, T* const* dx) const {
+    const auto windows =
+        side<false>([&](int m) { return window_back(m); }, [&](int k) { return node.taps_back[k]; },
+                    [&](int term, const Window& w, const Tap& t) { return read_back(products[term].a, w, t); });
+    const auto weights = side<true>([&](int c) { return c * kernel; }, [&](int k) { return node.taps_back[k].weight; },
+                                    [&](int term, int first, int k) { return products[term].b[first + k]; });
+    multiply_tiles(call.tiles, 0, call.images * in_pixels, inputs, outputs * kernel, terms, windows, weights,
+                   [&](int m, int c, T value) {
+                     call.put_adjoint(dx, 0, place(m, node.by_in_pixels, in_pixels, inputs) + c * in_pixels, value);
+                   });
   }
 
   // dw += sum of inputs and output adjoints.
-  METAAUG_DEVICE void weight_gradient(const Product* products, int terms, T* dw) const {
-    const int columns = inputs * taps;
-    multiply_tiles(
-        call.tile, outputs, columns, call.images * out_pixels, terms, true, [](int o) { return o; },
-        [&](int term, int o, int k) {
-          const int n = by_out_pixels(k);
-          return products[term].b[(int64_t{n} * outputs + o) * out_pixels + k - n * out_pixels];
-        },
-        [&](int term, int k, int column) {
-          const int c = by_taps(column);
-          return read(products[term].a, window_of_output(k), c, column - c * taps);
-        },
-        [&](int o, int column, T value) { dw[int64_t{o} * columns + column] += value; });
+  METAAUG_DEVICE void weight_gradient(const Product* products, int terms, T* const* dw) const {
+    const int columns = inputs * kernel;
+    const auto adjoints = side<true>([&](int o) { return o * out_pixels; },
+                                     [&](int k) { return place(k, node.by_out_pixels, out_pixels, outputs); },
+                                     [&](int term, int first, int k) { return products[term].b[first + k]; });
+    const auto windows =
+        side<true>([&](int column) { return node.taps[column]; }, [&](int k) { return window(k); },
+                   [&](int term, const Tap& t, const Window& w) { return read(products[term].a, w, t); });
+    multiply_tiles(call.tiles, 1, outputs, columns, call.images * out_pixels, terms, adjoints, windows,
+                   [&](int o, int column, T value) { call.add_gradient(dw, 0, o * columns + column, value); });
   }
 
  private:
-  METAAUG_DEVICE Window window_of_output(int m) const {
-    const int n = by_out_pixels(m), pixel = m - n * out_pixels, y = by_out_width(pixel);
-    return {n * in.size(), y * op.stride.y - op.padding.y, (pixel - y * out.width) * op.stride.x - op.padding.x};
+  // Of a pixel among those of all images, the place in the first channel.
+  METAAUG_DEVICE static int place(int pixel, const Divide& by_pixels, int pixels, int channels) {
+    const int n = by_pixels(pixel);
+    return n * channels * pixels + by_pixels.rest(pixel, n);
   }
 
-  // What a tap of a window reads of a channel.
-  METAAUG_DEVICE T read(const T* x, const Window& window, int c, int tap) const {
-    const int ky = by_kernel(tap), kx = tap - ky * op.kernel.x;
-    const int row = window.y + ky * op.dilation.y, column = window.x + kx * op.dilation.x;
-    if (row < 0 || row >= in.height || column < 0 || column >= in.width) return T(0);
-    return x[window.first + int64_t{c} * in_pixels + row * in.width + column];
+  METAAUG_DEVICE Window window(int m) const {
+    const Op& op = node.op;
+    const int n = node.by_out_pixels(m), pixel = node.by_out_pixels.rest(m, n), row = node.by_out_width(pixel);
+    const int y = row * op.stride.y - op.padding.y;
+    const int x = node.by_out_width.rest(pixel, row) * op.stride.x - op.padding.x;
+    return {n * inputs * in_pixels + y * in.width + x, y, x};
+  }
+
+  METAAUG_DEVICE T read(const T* x, const Window& w, const Tap& t) const {
+    const bool inside = unsigned(w.y + t.y) < unsigned(in.height) && unsigned(w.x + t.x) < unsigned(in.width);
+    return inside ? x[w.first + t.offset] : T(0);
+  }
+
+  // The same of an input's pixel: what tap (0, 0) makes of it.
+  METAAUG_DEVICE Window window_back(int m) const {
+    const int n = node.by_in_pixels(m), pixel = node.by_in_pixels.rest(m, n), row = node.by_in_width(pixel);
+    return {n * outputs * out_pixels, row + node.op.padding.y, node.by_in_width.rest(pixel, row) + node.op.padding.x};
+  }
+
+  METAAUG_DEVICE T read_back(const T* dy, const Window& w, const Tap& t) const {
+    const int from_y = w.y - t.y, from_x = w.x - t.x;
+    if (from_y < 0 || from_x < 0) return T(0);
+    const int y = node.by_stride_y(from_y), x = node.by_stride_x(from_x);
+    if (y >= out.height || x >= out.width) return T(0);
+    if (node.by_stride_y.rest(from_y, y) || node.by_stride_x.rest(from_x, x)) return T(0);
+    return dy[w.first + t.offset + y * out.width + x];
   }
 };
 

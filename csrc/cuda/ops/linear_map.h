@@ -11,10 +11,10 @@ template <class T>
 struct Flatten {
   METAAUG_DEVICE static void prepare(const OpCall<T>&) {}
   METAAUG_DEVICE static void map(const OpCall<T>& call, const T* const* x, T* y) {
-    each(call.size(), [&](int64_t i) { y[i] = x[0][i]; });
+    each(call.size(), [&](int i) { y[i] = x[0][i]; });
   }
   METAAUG_DEVICE static void adjoint(const OpCall<T>& call, const T* dy, T* const* dx) {
-    if (dx[0]) each(call.size(), [&](int64_t i) { put(dx[0] + i, dy[i], call.accumulate[0]); });
+    if (dx[0]) each(call.size(), [&](int i) { call.put_adjoint(dx, 0, i, dy[i]); });
   }
 };
 
@@ -22,12 +22,12 @@ template <class T>
 struct Add {
   METAAUG_DEVICE static void prepare(const OpCall<T>&) {}
   METAAUG_DEVICE static void map(const OpCall<T>& call, const T* const* x, T* y) {
-    each(call.size(), [&](int64_t i) { y[i] = value_or(x[0], i, T(0)) + value_or(x[1], i, T(0)); });
+    each(call.size(), [&](int i) { y[i] = value_or(x[0], i, T(0)) + value_or(x[1], i, T(0)); });
   }
   // Both inputs may be the same value: then one adds to what the other wrote.
   METAAUG_DEVICE static void adjoint(const OpCall<T>& call, const T* dy, T* const* dx) {
     for (int j = 0; j < 2; ++j)
-      if (dx[j]) each(call.size(), [&](int64_t i) { put(dx[j] + i, dy[i], call.accumulate[j]); });
+      if (dx[j]) each(call.size(), [&](int i) { call.put_adjoint(dx, j, i, dy[i]); });
   }
 };
 
@@ -38,41 +38,57 @@ struct Dropout {
   METAAUG_DEVICE static void prepare(const OpCall<T>& call) {
     const double p = call.node->op.scalar[0];
     const T scale = p < 1 ? T(1 / (1 - p)) : T(0);
-    each(call.size(), [&](int64_t i) { call.saved[i] = dropout_uniform(call.key, uint32_t(i)) >= p ? scale : T(0); });
+    each(call.size(), [&](int i) { call.saved[i] = dropout_uniform(call.key, uint32_t(i)) >= p ? scale : T(0); });
   }
   METAAUG_DEVICE static void map(const OpCall<T>& call, const T* const* x, T* y) {
-    each(call.size(), [&](int64_t i) { y[i] = x[0][i] * call.saved[i]; });
+    each(call.size(), [&](int i) { y[i] = x[0][i] * call.saved[i]; });
   }
   METAAUG_DEVICE static void adjoint(const OpCall<T>& call, const T* dy, T* const* dx) {
-    if (dx[0]) each(call.size(), [&](int64_t i) { put(dx[0] + i, dy[i] * call.saved[i], call.accumulate[0]); });
+    if (dx[0]) each(call.size(), [&](int i) { call.put_adjoint(dx, 0, i, dy[i] * call.saved[i]); });
   }
 };
 
 // A pool's windows: which input a tap of an output reads, and which output reads an input by a tap; -1 is none.
 struct Windows {
+  const Node& node;
   const Op& op;
   const Shape &in, &out;
 
-  METAAUG_DEVICE explicit Windows(const Node& node) : op(node.op), in(node.in[0]), out(node.out) {}
+  METAAUG_DEVICE explicit Windows(const Node& node) : node(node), op(node.op), in(node.in[0]), out(node.out) {}
   METAAUG_DEVICE int taps() const { return op.kernel.y * op.kernel.x; }
   METAAUG_DEVICE int input(int pixel, int tap) const {
-    const int y = pixel / out.width * op.stride.y - op.padding.y + tap / op.kernel.x;
-    const int x = pixel % out.width * op.stride.x - op.padding.x + tap % op.kernel.x;
+    const int row = node.by_out_width(pixel), ky = tap / op.kernel.x;
+    const int y = row * op.stride.y - op.padding.y + ky;
+    const int x = node.by_out_width.rest(pixel, row) * op.stride.x - op.padding.x + tap - ky * op.kernel.x;
     return y < 0 || y >= in.height || x < 0 || x >= in.width ? -1 : y * in.width + x;
   }
   METAAUG_DEVICE int output(int pixel, int tap) const {
-    const int y = pixel / in.width + op.padding.y - tap / op.kernel.x;
-    const int x = pixel % in.width + op.padding.x - tap % op.kernel.x;
-    if (y < 0 || y % op.stride.y || y / op.stride.y >= out.height) return -1;
-    if (x < 0 || x % op.stride.x || x / op.stride.x >= out.width) return -1;
-    return y / op.stride.y * out.width + x / op.stride.x;
+    const int row = node.by_in_width(pixel), ky = tap / op.kernel.x;
+    const int y = row + op.padding.y - ky;
+    const int x = node.by_in_width.rest(pixel, row) + op.padding.x - (tap - ky * op.kernel.x);
+    if (y < 0 || x < 0) return -1;
+    const int to_y = node.by_stride_y(y), to_x = node.by_stride_x(x);
+    if (node.by_stride_y.rest(y, to_y) || node.by_stride_x.rest(x, to_x)) return -1;
+    return to_y >= out.height || to_x >= out.width ? -1 : to_y * out.width + to_x;
   }
 
-  // Calls body(index, the start of its channel at the other side, its pixel) for every pixel of all channels.
+  // Calls body(index, the start of its channel at the other side, its pixel) for all pixels of outputs, or of inputs.
   template <class Body>
-  METAAUG_DEVICE static void each_pixel(int images, const Shape& here, const Shape& there, const Body& body) {
-    const int pixels = here.pixels(), others = there.pixels();
-    each(images * here.size(), [&](int64_t i) { body(i, i / pixels * others, int(i % pixels)); });
+  METAAUG_DEVICE void each_output(int images, const Body& body) const {
+    each_pixel(images * out.size(), node.by_out_pixels, in.pixels(), body);
+  }
+  template <class Body>
+  METAAUG_DEVICE void each_input(int images, const Body& body) const {
+    each_pixel(images * in.size(), node.by_in_pixels, out.pixels(), body);
+  }
+
+ private:
+  template <class Body>
+  METAAUG_DEVICE static void each_pixel(int64_t count, const Divide& by_pixels, int others, const Body& body) {
+    each(count, [&](int i) {
+      const int plane = by_pixels(i);
+      body(i, plane * others, by_pixels.rest(i, plane));
+    });
   }
 };
 
@@ -82,7 +98,7 @@ struct MaxPool {
   METAAUG_DEVICE static void prepare(const OpCall<T>& call) {
     const Windows windows(*call.node);
     const T* x = call.x[0];
-    windows.each_pixel(call.images, windows.out, windows.in, [&](int64_t i, int64_t plane, int pixel) {
+    windows.each_output(call.images, [&](int i, int plane, int pixel) {
       int choice = -1;
       T best = 0;
       for (int tap = 0; tap < windows.taps(); ++tap) {
@@ -98,20 +114,20 @@ struct MaxPool {
   }
   METAAUG_DEVICE static void map(const OpCall<T>& call, const T* const* x, T* y) {
     const Windows windows(*call.node);
-    windows.each_pixel(call.images, windows.out, windows.in, [&](int64_t i, int64_t plane, int pixel) {
+    windows.each_output(call.images, [&](int i, int plane, int pixel) {
       y[i] = x[0][plane + windows.input(pixel, int(call.saved[i]))];
     });
   }
   METAAUG_DEVICE static void adjoint(const OpCall<T>& call, const T* dy, T* const* dx) {
     if (!dx[0]) return;
     const Windows windows(*call.node);
-    windows.each_pixel(call.images, windows.in, windows.out, [&](int64_t i, int64_t plane, int pixel) {
+    windows.each_input(call.images, [&](int i, int plane, int pixel) {
       T sum = 0;
       for (int tap = 0; tap < windows.taps(); ++tap) {
         const int from = windows.output(pixel, tap);
         if (from >= 0 && call.saved[plane + from] == T(tap)) sum += dy[plane + from];
       }
-      put(dx[0] + i, sum, call.accumulate[0]);
+      call.put_adjoint(dx, 0, i, sum);
     });
   }
 };
@@ -122,7 +138,7 @@ struct AvgPool {
   METAAUG_DEVICE static void prepare(const OpCall<T>&) {}
   METAAUG_DEVICE static void map(const OpCall<T>& call, const T* const* x, T* y) {
     const Windows windows(*call.node);
-    windows.each_pixel(call.images, windows.out, windows.in, [&](int64_t i, int64_t plane, int pixel) {
+    windows.each_output(call.images, [&](int i, int plane, int pixel) {
       T sum = 0;
       for (int tap = 0; tap < windows.taps(); ++tap) {
         const int from = windows.input(pixel, tap);
@@ -134,13 +150,13 @@ struct AvgPool {
   METAAUG_DEVICE static void adjoint(const OpCall<T>& call, const T* dy, T* const* dx) {
     if (!dx[0]) return;
     const Windows windows(*call.node);
-    windows.each_pixel(call.images, windows.in, windows.out, [&](int64_t i, int64_t plane, int pixel) {
+    windows.each_input(call.images, [&](int i, int plane, int pixel) {
       T sum = 0;
       for (int tap = 0; tap < windows.taps(); ++tap) {
         const int from = windows.output(pixel, tap);
         if (from >= 0) sum += share(windows, from) * dy[plane + from];
       }
-      put(dx[0] + i, sum, call.accumulate[0]);
+      call.put_adjoint(dx, 0, i, sum);
     });
   }
 
@@ -158,7 +174,7 @@ struct MeanPool {
   METAAUG_DEVICE static void prepare(const OpCall<T>&) {}
   METAAUG_DEVICE static void map(const OpCall<T>& call, const T* const* x, T* y) {
     const int pixels = call.node->in[0].pixels();
-    each(call.size(), [&](int64_t i) {
+    each(call.size(), [&](int i) {
       T sum = 0;
       for (int pixel = 0; pixel < pixels; ++pixel) sum += x[0][i * pixels + pixel];
       y[i] = sum / T(pixels);
@@ -167,7 +183,7 @@ struct MeanPool {
   METAAUG_DEVICE static void adjoint(const OpCall<T>& call, const T* dy, T* const* dx) {
     if (!dx[0]) return;
     const int pixels = call.node->in[0].pixels();
-    each(call.size() * pixels, [&](int64_t i) { put(dx[0] + i, dy[i / pixels] / T(pixels), call.accumulate[0]); });
+    each(call.size() * pixels, [&](int i) { call.put_adjoint(dx, 0, i, dy[call.node->by_in_pixels(i)] / T(pixels)); });
   }
 };
 

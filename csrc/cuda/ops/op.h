@@ -2,13 +2,20 @@
 // caller puts a barrier behind it.
 #pragma once
 
-#include "../block.h"
 #include "../program.h"
+#include "../update.h"
 
 namespace metaaug::cuda {
 
-// As cpu/ops/op.h: `_t` is a tangent, null is zero or not wanted; parameter adjoints are added to, dx where
-// `accumulate` says so.
+// Room for tiles of products; see tile.h. Null shared memory: everything lies there already, and nothing goes through
+// tiles.
+template <class T>
+struct TileRoom {
+  T *shared = nullptr, *partials = nullptr;
+  Precision precision = Precision::kFloat32;
+};
+
+// As cpu/ops/op.h: `_t` is a tangent, null is zero or not wanted. What is stored goes through the functions below.
 template <class T>
 struct OpCall {
   const Node* node = nullptr;
@@ -30,19 +37,33 @@ struct OpCall {
   T* saved_tangent = nullptr;
   const T* frozen[2] = {};  // mean, variance
   uint32_t key = 0;         // dropout
-  T* tile = nullptr;        // room in shared memory for tiles, where tasks lie in global memory
+  TileRoom<T> tiles;
+  const Update<T>* update = nullptr;  // of a step, whose gradients go there
 
   METAAUG_DEVICE bool moves() const { return x_t[0] || x_t[1] || p_t[0] || p_t[1]; }
-  METAAUG_DEVICE int64_t size() const { return images * node->out.size(); }
+  METAAUG_DEVICE int size() const { return int(images * node->out.size()); }
+
+  // An element of y; a product's relu is drawn in.
+  METAAUG_DEVICE void put_output(int i, T value) const { y[i] = node->op.relu && value < T(0) ? T(0) : value; }
+  METAAUG_DEVICE void put_tangent(int i, T value) const { y_t[i] = node->op.relu && !(y[i] > T(0)) ? T(0) : value; }
+
+  // An element of dx or dx_t, which is `to`.
+  METAAUG_DEVICE void put_adjoint(T* const* to, int j, int i, T value) const {
+    if (node->masked[j] && !(x[j][i] > T(0))) value = T(0);
+    to[j][i] = accumulate[j] ? to[j][i] + value : value;
+  }
+
+  // Adds to an element of dp or dp_t, which is `to`, or makes the inner step with it.
+  METAAUG_DEVICE void add_gradient(T* const* to, int j, int i, T value) const {
+    if (update && node->updates[j])
+      (*update)(node->op.param[j], i, value);
+    else
+      to[j][i] += value;
+  }
 };
 
 template <class T>
-METAAUG_DEVICE void put(T* target, T value, bool accumulate) {
-  *target = accumulate ? *target + value : value;
-}
-
-template <class T>
-METAAUG_DEVICE T value_or(const T* source, int64_t at, T absent) {
+METAAUG_DEVICE T value_or(const T* source, int at, T absent) {
   return source ? source[at] : absent;
 }
 

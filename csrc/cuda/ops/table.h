@@ -2,9 +2,10 @@
 #pragma once
 
 #include "activation.h"
+#include "batch_norm.h"
 #include "conv2d.h"
+#include "group_norm.h"
 #include "linear_map.h"
-#include "norm.h"
 
 namespace metaaug::cuda {
 
@@ -38,9 +39,9 @@ METAAUG_DEVICE void run_conv2d(Role role, const OpCall<T>& call) {
   Conv2d<T>::tangent_backward(call);
 }
 
-template <class T>
+template <class T, class Norm>
 METAAUG_DEVICE void run_norm(Role role, const OpCall<T>& call) {
-  const Norm<T> norm(call);
+  const Norm norm(call);
   if (role == Role::kForward) return norm.forward();
   if (role == Role::kBackward) return norm.backward();
   if (role == Role::kTangent) return norm.tangent();
@@ -55,9 +56,12 @@ METAAUG_DEVICE METAAUG_NOINLINE void run_op(Role role, const OpCall<T>& call) {
     case OpKind::kConv2d:
       return run_conv2d(role, call);
     case OpKind::kBatchNorm:
+      if (op.pool) return run_norm<T, BatchNorm<T, true, true>>(role, call);
+      if (op.relu) return run_norm<T, BatchNorm<T, true, false>>(role, call);
+      return run_norm<T, BatchNorm<T, false, false>>(role, call);
     case OpKind::kLayerNorm:
     case OpKind::kGroupNorm:
-      return run_norm(role, call);
+      return run_norm<T, GroupNorm<T>>(role, call);
     case OpKind::kRelu:
       return run_activation(role, call, Relu<T>{});
     case OpKind::kLeakyRelu:
@@ -88,13 +92,13 @@ METAAUG_DEVICE METAAUG_NOINLINE void run_op(Role role, const OpCall<T>& call) {
 }
 
 // How many elements an op keeps for a step's other passes, and in a tangent for the tangent of its backward.
-inline int64_t saved_size(const Op& op, const Shape& out, int images) {
+inline int64_t saved_size(const Op& op, const Shape& in, const Shape& out, int images) {
   switch (op.kind) {
     case OpKind::kBatchNorm:
-      return int64_t{Norm<float>::kSaved} * out.channels;
+      return int64_t{BatchNorm<float, false, false>::kSaved} * in.channels;
     case OpKind::kLayerNorm:
     case OpKind::kGroupNorm:
-      return int64_t{Norm<float>::kSaved} * images * op.groups;
+      return int64_t{GroupNorm<float>::kSaved} * images * op.groups;
     case OpKind::kMaxPool:
     case OpKind::kDropout:
       return images * out.size();
@@ -103,10 +107,16 @@ inline int64_t saved_size(const Op& op, const Shape& out, int images) {
   }
 }
 
-inline int64_t saved_tangent_size(const Op& op, const Shape& out, int images) {
-  return op.kind == OpKind::kMaxPool || op.kind == OpKind::kDropout
-             ? 0
-             : saved_size(op, out, images) / Norm<float>::kSaved * Norm<float>::kSavedTangent;
+inline int64_t saved_tangent_size(const Op& op, const Shape& in, int images) {
+  switch (op.kind) {
+    case OpKind::kBatchNorm:
+      return int64_t{BatchNorm<float, false, false>::kSavedTangent} * in.channels;
+    case OpKind::kLayerNorm:
+    case OpKind::kGroupNorm:
+      return int64_t{GroupNorm<float>::kSavedTangent} * images * op.groups;
+    default:
+      return 0;
+  }
 }
 
 }  // namespace metaaug::cuda

@@ -1,93 +1,267 @@
-// Products of matrices that are read through a function of their indices, tile by tile through shared memory: what
-// convolutions over whole pictures come down to. Blocks of a team take tiles in turn.
+// Products of matrices whose elements are found by functions of their indices, tile by tile through shared memory: what
+// convolutions of pictures in global memory come down to. A tile is 16 sums a thread, of float32 products or of a
+// tensor core's.
+//
+// The blocks of a team share the tiles, or, where these do not go round, the sums' terms: a block takes a stretch of
+// all tiles' terms, stores the tiles that it has whole, and leaves parts of others for one block to add up, in order.
 #pragma once
 
-#include "../block.h"
+#include <type_traits>
+
+#include "op.h"
 
 namespace metaaug::cuda {
 
-// n / divisor for 0 <= n < limit by a multiplication, where that is exact.
-class Divide {
+inline constexpr int kTileSums = 16;  // of a thread
+
+template <int kRows, int kColumns>
+struct TileShape {
+  static_assert(kRows * kColumns == kTileSums * kThreads, "16 sums a thread");
+  static constexpr int rows = kRows, columns = kColumns, depth = 16;
+  // Of a row of 16 in shared memory: a multiple of 4 for wide reads, and no two of a fragment in one bank.
+  static constexpr int a_stride = kRows + 8, b_stride = kColumns + 8;
+  static constexpr int buffer = depth * (a_stride + b_stride);
+
+  struct Position {
+    int m, n;
+  };
+
+  // Of a thread's sums 4x4 are neighbours; a warp's threads are at most 8 below each other.
+  METAAUG_DEVICE static Position in_square(int t, int i) {
+    constexpr int kDown = kRows / 4 < 8 ? kRows / 4 : 8, kAcross = kWarp / kDown, kWarpsDown = kRows / 4 / kDown;
+    const int lane = t % kWarp, warp = t / kWarp;
+    return {(warp % kWarpsDown * kDown + lane % kDown) * 4 + i % 4,
+            (warp / kWarpsDown * kAcross + lane / kDown) * 4 + i / 4};
+  }
+
+  // Of a warp's 16x32 sums, fragments of 16x8.
+  METAAUG_DEVICE static Position in_fragments(int t, int i) {
+    const int lane = t % kWarp, warp = t / kWarp;
+    return {warp % (kRows / 16) * 16 + lane / 4 + i / 2 % 2 * 8,
+            warp / (kRows / 16) * 32 + i / 4 * 8 + lane % 4 * 2 + i % 2};
+  }
+};
+
+#if defined(__CUDACC__)
+using SquareTile = TileShape<64, 64>;
+using FlatTile = TileShape<16, 256>;  // for few rows
+#else
+using SquareTile = TileShape<32, 32>;
+using FlatTile = TileShape<16, 64>;
+#endif
+
+// Elements of shared memory that a block needs for tiles, and of global memory that each block of a team needs.
+inline constexpr int kTileShared = 2 * (SquareTile::buffer > FlatTile::buffer ? SquareTile::buffer : FlatTile::buffer);
+inline constexpr int kTilePartials = 2 * 2 * kTileSums * kThreads;
+
+// One matrix of a product: at(term, outer(i), depth(k)) is its element in row (column) i; what outer and depth find is
+// found once where it can be. Neighbouring threads read neighbouring k if kByDepth, else neighbouring i.
+template <bool kByDepth, class Outer, class Depth, class At>
+struct Side {
+  static constexpr bool by_depth = kByDepth;
+  Outer outer;
+  Depth depth;
+  At at;
+};
+template <bool kByDepth, class Outer, class Depth, class At>
+METAAUG_DEVICE Side<kByDepth, Outer, Depth, At> side(const Outer& outer, const Depth& depth, const At& at) {
+  return {outer, depth, at};
+}
+
+// A thread's share of one side's part of a tile: 16 of its depth at a time, on their way to shared memory.
+template <class T, int kEdge, int kStride, class S>
+class Loader {
+  static constexpr int kDepth = 16, kCount = kEdge * kDepth / kThreads;
+  static_assert(kCount > 0, "every thread loads");
+
  public:
-  METAAUG_DEVICE Divide(int divisor, int64_t limit)
-      : divisor(divisor),
-        magic(divisor > 1 && limit * divisor < (int64_t{1} << 32) ? uint32_t(((uint64_t{1} << 32) - 1) / divisor + 1)
-                                                                  : 0) {}
-  METAAUG_DEVICE int operator()(int n) const {
-    if (magic == 0) return n / divisor;
-    return int((uint64_t(uint32_t(n)) * magic) >> 32);
+  METAAUG_DEVICE Loader(const S& side, int first, int limit, int depth)
+      : side(side),
+        first(first),
+        limit(limit),
+        depth(depth),
+        own(S::by_depth ? block_thread() % kDepth : block_thread() % kEdge),
+        outer(side.outer(!S::by_depth && first + own < limit ? first + own : 0)) {}
+
+  METAAUG_DEVICE void fetch(int term, int from) {
+    const int t = block_thread();
+    if constexpr (S::by_depth) {
+      const int k = from + own;
+      const auto place = side.depth(k < depth ? k : 0);
+      for (int j = 0; j < kCount; ++j) {
+        const int i = first + t / kDepth + j * (kThreads / kDepth);
+        values[j] = i < limit && k < depth ? side.at(term, side.outer(i), place) : T(0);
+      }
+    } else {
+      for (int j = 0; j < kCount; ++j) {
+        const int k = from + t / kEdge + j * (kThreads / kEdge);
+        values[j] = first + own < limit && k < depth ? side.at(term, outer, side.depth(k)) : T(0);
+      }
+    }
+  }
+
+  METAAUG_DEVICE void stash(T* shared) const {
+    const int t = block_thread();
+    for (int j = 0; j < kCount; ++j) {
+      if constexpr (S::by_depth)
+        shared[own * kStride + t / kDepth + j * (kThreads / kDepth)] = values[j];
+      else
+        shared[(t / kEdge + j * (kThreads / kEdge)) * kStride + own] = values[j];
+    }
   }
 
  private:
-  int divisor;
-  uint32_t magic;
+  const S& side;
+  const int first, limit, depth, own;
+  const decltype(std::declval<S>().outer(0)) outer;
+  T values[kCount];
 };
 
-// kThreads make a tile of [kRows, kColumns], 4x4 each, kDepth products at a time.
-template <class T, int kThreads>
-struct Tile {
-  static constexpr int kEdge = kThreads == 256 ? 64 : 32, kDepth = 16, kStride = kEdge + 1, kAcross = kEdge / 4;
-  static constexpr int kSize = 2 * kDepth * kStride;  // elements of shared memory
-  static_assert(kThreads == 256 || kThreads == 64, "a thread makes 4x4 of a square tile");
+template <class T, class Shape>
+class Tile {
+ public:
+  METAAUG_DEVICE Tile(const TileRoom<T>& room) : room(room) {}
 
-  // store(m, n, value) of the sum over terms and k of a(term, a_row(m), k) b(term, k, n). Neighbouring threads read
-  // neighbouring m, or neighbouring k if `a_by_depth`; of b always the latter.
-  template <class Row, class A, class B, class Store>
-  METAAUG_DEVICE static void multiply(T* shared, int rows, int columns, int depth, int terms, bool a_by_depth,
-                                      const Row& a_row, const A& a, const B& b, const Store& store) {
-    T *as = shared, *bs = shared + kDepth * kStride;
-    const int down = (rows + kEdge - 1) / kEdge, across = (columns + kEdge - 1) / kEdge;
-    const int t = block_thread(), m0 = t % kAcross, n0 = t / kAcross;
-    for (int tile = member(); tile < down * across; tile += members()) {
-      const int first_row = tile % down * kEdge, first_column = tile / down * kEdge;
-      T sum[4][4] = {};
-      const int own_row = first_row + t % kEdge;  // of a's loads that go by rows
-      const auto own = a_row(own_row < rows ? own_row : 0);
-      for (int term = 0; term < terms; ++term)
-        for (int first = 0; first < depth; first += kDepth) {
-          block_sync();  // the tile before is used
-          for (int i = t; i < kEdge * kDepth; i += kThreads) {
-            const int by_depth_k = i % kDepth, by_depth = i / kDepth;
-            if (a_by_depth) {
-              const int m = first_row + by_depth, k = first + by_depth_k;
-              as[by_depth_k * kStride + by_depth] = m < rows && k < depth ? a(term, a_row(m), k) : T(0);
-            } else {
-              const int k = first + i / kEdge;
-              as[i / kEdge * kStride + i % kEdge] = own_row < rows && k < depth ? a(term, own, k) : T(0);
-            }
-            const int n = first_column + by_depth, k = first + by_depth_k;
-            bs[by_depth_k * kStride + by_depth] = n < columns && k < depth ? b(term, k, n) : T(0);
-          }
-          block_sync();
-          for (int k = 0; k < kDepth; ++k) {
-            T x[4], y[4];
-            for (int i = 0; i < 4; ++i) {
-              x[i] = as[k * kStride + m0 + i * kAcross];
-              y[i] = bs[k * kStride + n0 + i * kAcross];
-            }
-            for (int i = 0; i < 4; ++i)
-              for (int j = 0; j < 4; ++j) sum[i][j] += x[i] * y[j];
-          }
-        }
-      for (int j = 0; j < 4; ++j)
-        for (int i = 0; i < 4; ++i) {
-          const int m = first_row + m0 + i * kAcross, n = first_column + n0 + j * kAcross;
-          if (m < rows && n < columns) store(m, n, sum[i][j]);
-        }
+  // The sum over terms and k of a[m, k] b[n, k], handed to store(m, n, value); every thread of the team must call.
+  // `turn`: 0 or 1, another one than of a product that no barrier divides from this one.
+  template <class A, class B, class Store>
+  METAAUG_DEVICE void multiply(int turn, int rows, int columns, int depth, int terms, const A& a, const B& b,
+                               const Store& store) const {
+    const int down = (rows + Shape::rows - 1) / Shape::rows, across = (columns + Shape::columns - 1) / Shape::columns;
+    const int tiles = down * across, chunks = (depth + Shape::depth - 1) / Shape::depth * terms;
+    const bool shares = members() > 1 && chunks > 1 && tiles % members() != 0 && tiles < 4 * members();
+    if (!shares) {
+      for (int tile = member(); tile < tiles; tile += members()) {
+        T sums[kTileSums] = {};
+        add_chunks(sums, tile % down * Shape::rows, tile / down * Shape::columns, rows, columns, depth, 0, chunks, a,
+                   b);
+        put(sums, tile, down, rows, columns, store);
+      }
+      return;
+    }
+    const int64_t work = int64_t{tiles} * chunks;
+    const int sharers = int(work < members() ? work : members());
+    const auto begin = [&](int64_t m) { return m * work / sharers; };
+    T* const partials = room.partials + turn * members() * 2 * kTileSums * kThreads + block_thread();
+    const auto part = [&](int m, bool opens) { return partials + (2 * m + opens) * kTileSums * kThreads; };
+    for (int64_t at = begin(member()), last = member() < sharers ? begin(member() + 1) : at; at < last;) {
+      const int tile = int(at / chunks), from = int(at % chunks);
+      const int to = last - at < chunks - from ? from + int(last - at) : chunks;
+      T sums[kTileSums] = {};
+      add_chunks(sums, tile % down * Shape::rows, tile / down * Shape::columns, rows, columns, depth, from, to, a, b);
+      if (from == 0 && to == chunks)
+        put(sums, tile, down, rows, columns, store);
+      else
+        for (int i = 0; i < kTileSums; ++i) part(member(), from == 0)[i * kThreads] = sums[i];
+      at += to - from;
+    }
+    sync();
+    const auto owner = [&](int64_t at) { return int(((at + 1) * sharers - 1) / work); };
+    for (int tile = member(); tile < tiles; tile += members()) {
+      const int opener = owner(int64_t{tile} * chunks), closer = owner(int64_t{tile + 1} * chunks - 1);
+      if (opener == closer) continue;
+      T sums[kTileSums];
+      for (int i = 0; i < kTileSums; ++i) sums[i] = part(opener, true)[i * kThreads];
+      for (int m = opener + 1; m <= closer; ++m)
+        for (int i = 0; i < kTileSums; ++i) sums[i] += part(m, false)[i * kThreads];
+      put(sums, tile, down, rows, columns, store);
     }
   }
+
+ private:
+  METAAUG_DEVICE bool exact() const { return !std::is_same_v<T, float> || room.precision == Precision::kFloat32; }
+
+  template <class Store>
+  METAAUG_DEVICE void put(const T (&sums)[kTileSums], int tile, int down, int rows, int columns,
+                          const Store& store) const {
+    const int t = block_thread();
+    for (int i = 0; i < kTileSums; ++i) {
+      const auto at = exact() ? Shape::in_square(t, i) : Shape::in_fragments(t, i);
+      const int m = tile % down * Shape::rows + at.m, n = tile / down * Shape::columns + at.n;
+      if (m < rows && n < columns) store(m, n, sums[i]);
+    }
+  }
+
+  // Two buffers: while one is used, the other is filled from what was fetched before. On return both are free.
+  template <class A, class B>
+  METAAUG_DEVICE void add_chunks(T (&sums)[kTileSums], int first_row, int first_column, int rows, int columns,
+                                 int depth, int from, int to, const A& a, const B& b) const {
+    Loader<T, Shape::rows, Shape::a_stride, A> as(a, first_row, rows, depth);
+    Loader<T, Shape::columns, Shape::b_stride, B> bs(b, first_column, columns, depth);
+    const int a_term = (depth + Shape::depth - 1) / Shape::depth;
+    int term = from / a_term, k = from % a_term * Shape::depth;
+    const auto fetch = [&] {
+      as.fetch(term, k);
+      bs.fetch(term, k);
+      if ((k += Shape::depth) >= depth) k = 0, ++term;
+    };
+    const auto stash = [&](T* buffer) {
+      as.stash(buffer);
+      bs.stash(buffer + Shape::depth * Shape::a_stride);
+    };
+    fetch();
+    stash(room.shared);
+    block_sync();
+    for (int chunk = from; chunk < to; ++chunk) {
+      T* const here = room.shared + (chunk - from) % 2 * Shape::buffer;
+      T* const next = room.shared + (chunk - from + 1) % 2 * Shape::buffer;
+      if (chunk + 1 < to) fetch();
+      add(sums, here, here + Shape::depth * Shape::a_stride);
+      if (chunk + 1 < to) stash(next);
+      block_sync();
+    }
+  }
+
+  METAAUG_DEVICE void add(T (&sums)[kTileSums], const T* as, const T* bs) const {
+    if constexpr (std::is_same_v<T, float>) {
+      if (room.precision == Precision::kTf32) return add_fragments<8>(sums, as, bs);
+      if (room.precision == Precision::kBf16) return add_fragments<16>(sums, as, bs);
+    }
+    struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) Four {
+      T v[4];
+    };
+    const auto at = Shape::in_square(block_thread(), 0);
+    for (int k = 0; k < Shape::depth; ++k) {
+      const Four x = *reinterpret_cast<const Four*>(as + k * Shape::a_stride + at.m);
+      const Four y = *reinterpret_cast<const Four*>(bs + k * Shape::b_stride + at.n);
+      for (int j = 0; j < 4; ++j)
+        for (int i = 0; i < 4; ++i) sums[4 * j + i] += x.v[i] * y.v[j];
+    }
+  }
+
+  // kDeep: 8 in TF32, 16 in bf16.
+  template <int kDeep>
+  METAAUG_DEVICE void add_fragments(float (&sums)[kTileSums], const float* as, const float* bs) const {
+    const int lane = block_thread() % kWarp, g = lane / 4, i = lane % 4;
+    const auto at = Shape::in_fragments(block_thread(), 0);
+    const float *a = as + at.m, *b = bs + (at.n - 2 * i) + g;
+    // What a register holds: of one depth or of two neighbouring ones.
+    const auto read = [](const float* from, int stride, int k) {
+      if constexpr (kDeep == 8) return as_tf32(from[k * stride]);
+      return as_bf16_pair(from[2 * k * stride], from[(2 * k + 1) * stride]);
+    };
+    for (int first = 0; first < Shape::depth; first += kDeep) {
+      const float *a_here = a + first * Shape::a_stride, *b_here = b + first * Shape::b_stride;
+      const uint32_t x[4] = {read(a_here, Shape::a_stride, i), read(a_here + 8, Shape::a_stride, i),
+                             read(a_here, Shape::a_stride, i + 4), read(a_here + 8, Shape::a_stride, i + 4)};
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t y[2] = {read(b_here + 8 * j, Shape::b_stride, i), read(b_here + 8 * j, Shape::b_stride, i + 4)};
+        multiply_fragments(room.precision, sums + 4 * j, x, y);
+      }
+    }
+  }
+
+  const TileRoom<T>& room;
 };
 
-// Elements of shared memory that a block of so many threads needs.
-inline int64_t tile_size(int threads) { return threads == 256 ? Tile<float, 256>::kSize : Tile<float, 64>::kSize; }
-
-template <class T, class Row, class A, class B, class Store>
-METAAUG_DEVICE void multiply_tiles(T* shared, int rows, int columns, int depth, int terms, bool a_by_depth,
-                                   const Row& a_row, const A& a, const B& b, const Store& store) {
-  if (block_threads() == 256)
-    Tile<T, 256>::multiply(shared, rows, columns, depth, terms, a_by_depth, a_row, a, b, store);
+// Which tiles fit best.
+template <class T, class A, class B, class Store>
+METAAUG_DEVICE void multiply_tiles(const TileRoom<T>& room, int turn, int rows, int columns, int depth, int terms,
+                                   const A& a, const B& b, const Store& store) {
+  if (rows <= FlatTile::rows && columns > FlatTile::rows)
+    Tile<T, FlatTile>(room).multiply(turn, rows, columns, depth, terms, a, b, store);
   else
-    Tile<T, 64>::multiply(shared, rows, columns, depth, terms, a_by_depth, a_row, a, b, store);
+    Tile<T, SquareTile>(room).multiply(turn, rows, columns, depth, terms, a, b, store);
 }
 
 }  // namespace metaaug::cuda
