@@ -20,15 +20,15 @@ struct Region {
 };
 
 struct Regions {
-  Region tile;        // in shared memory, where not all else is
-  Region partials;    // of tiles that several blocks share
-  Region sums;        // of sum_all, twice
-  Region path;        // theta_0, and theta_k after each step, or in turns
-  Region gradient;    // of a step, as far as it is not used where it is found; then the adjoint
-  Region tangent;     // the direction of a Hessian-vector product
-  Region directions;  // m_k of all steps or the last; Adam's first moment
-  Region second;      // Adam's second moment
-  Region carry;       // momentum's adjoint
+  bool tiles = false;  // whether products go through tiles, at the start of shared memory
+  Region partials;     // of tiles that several blocks share
+  Region sums;         // of sum_all, twice
+  Region path;         // theta_0, and theta_k after each step, or in turns
+  Region gradient;     // of a step, as far as it is not used where it is found; then the adjoint
+  Region tangent;      // the direction of a Hessian-vector product
+  Region directions;   // m_k of all steps or the last; Adam's first moment
+  Region second;       // Adam's second moment
+  Region carry;        // momentum's adjoint
   Region input, still, carried;
   Region slots;      // frames of the kept steps, one behind the other
   Region tangents;   // the tangent's frame; at other times the query's

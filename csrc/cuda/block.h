@@ -80,6 +80,13 @@ METAAUG_DEVICE inline bool sync_or(bool value) {
   return *const_cast<volatile unsigned*>(&team_state()->votes) != before;
 }
 
+// Says that a pointer is not to shared memory.
+template <class T>
+METAAUG_DEVICE const T* in_global(const T* pointer) {
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
+
 METAAUG_DEVICE inline char* shared_memory() {
   extern __shared__ double memory[];
   return reinterpret_cast<char*>(memory);
@@ -130,6 +137,10 @@ inline void block_sync() { emulation::block_sync(); }
 inline void join_team(TeamState*) {}
 inline void sync() { emulation::sync_or(false); }
 inline bool sync_or(bool value) { return emulation::sync_or(value); }
+template <class T>
+const T* in_global(const T* pointer) {
+  return pointer;
+}
 inline char* shared_memory() { return emulation::shared_memory(); }
 
 template <class T>

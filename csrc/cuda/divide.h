@@ -1,4 +1,4 @@
-// Division by a number that the host knows, by a multiplication where that is exact: a GPU has no instruction for it.
+// Division by a number that the host knows, by a multiplication: a GPU has no instruction for it.
 #pragma once
 
 #include <cstdint>
@@ -7,19 +7,18 @@
 
 namespace metaaug::cuda {
 
+// Of dividends from 0 to 2^31 - 1, after Granlund and Montgomery (1994).
 class Divide {
  public:
   Divide() = default;
-
-  // For dividends from 0 to `limit`.
-  Divide(int divisor, int64_t limit) : divisor_(divisor) {
-    if (divisor > 1 && limit * divisor < (int64_t{1} << 32))
-      magic_ = uint32_t(((uint64_t{1} << 32) - 1) / uint32_t(divisor) + 1);
+  explicit Divide(int divisor) : divisor_(divisor) {
+    while ((int64_t{1} << shift_) < divisor) ++shift_;
+    magic_ = uint32_t(((uint64_t{1} << (31 + shift_)) + uint32_t(divisor) - 1) / uint32_t(divisor));
+    shift_ -= divisor > 1;
   }
 
   METAAUG_HD int operator()(int n) const {
-    if (magic_) return int((uint64_t(uint32_t(n)) * magic_) >> 32);
-    return divisor_ == 1 ? n : n / divisor_;
+    return divisor_ == 1 ? n : int(uint32_t((uint64_t(uint32_t(n)) * magic_) >> 32) >> shift_);
   }
 
   // What is left of n, of which `quotient` has been found.
@@ -28,6 +27,7 @@ class Divide {
  private:
   int divisor_ = 1;
   uint32_t magic_ = 0;
+  int shift_ = 0;
 };
 
 }  // namespace metaaug::cuda

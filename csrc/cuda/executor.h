@@ -183,8 +183,8 @@ class Executor final : public Engine<T> {
     int64_t shared_bytes = 0;
   };
 
-  // A block takes a task whose buffers fit in its shared memory. Where they do not, and there are fewer tasks than
-  // blocks that can be at work, a team of blocks takes one, and its buffers lie in the workspace.
+  // A block takes a task whose buffers fit in its shared memory. Where they do not, they lie in the workspace; with fewer
+  // tasks than blocks that can be at work, two on a multiprocessor, a team of blocks takes a task.
   Teams plan_teams(const Arguments<T>& a, int tasks) const {
     Teams teams;
     const int processors = limits_.multiprocessors;
@@ -200,7 +200,8 @@ class Executor final : public Engine<T> {
       use(Layout::in_shared_memory(a, elements(share), kept));
       if (teams.layout.workspace == 0) return teams;
     }
-    use(Layout::with_tiles(a, 1, elements(limits_.shared_bytes), slots(a, std::min(tasks, processors))));
+    const int64_t half = std::min(limits_.shared_bytes, limits_.shared_bytes_of_all / 2 - kReserved);
+    use(Layout::with_tiles(a, 1, elements(half), slots(a, std::min(tasks, 2 * processors))));
     const int alone = std::max(resident(limits_, run_tasks<T>, teams.shared_bytes), 1);
     const int blocks = std::max(resident(limits_, run_tasks<T>, kTileShared * int64_t(sizeof(T))), 1);
     teams.members = std::min(blocks / std::min(teams.count, blocks), kMostMembers);

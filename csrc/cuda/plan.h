@@ -80,7 +80,7 @@ class Network {
         throw std::invalid_argument("batch norm needs at least 2 values a channel (got 1 sample of 1 pixel)");
       node.saved = take(node.still ? p.still : p.saved, saved_size(op, node.in[0], node.out, images));
       node.saved_tangent = take(p.tangents_saved, saved_tangent_size(op, node.in[0], images));
-      add_divisors(node, images);
+      add_divisors(node);
       if (op.kind == OpKind::kConv2d) add_taps(node, taps);
       nodes.push_back(node);
     }
@@ -102,33 +102,40 @@ class Network {
 
  private:
   static int64_t taps_of(const Op& op, const Shape& side) {
-    return op.kind == OpKind::kConv2d ? int64_t{side.channels} * op.kernel.y * op.kernel.x : 0;
+    return op.kind == OpKind::kConv2d ? int64_t{side.channels} * op.kernel.y * op.kernel.x + kTapsBehind : 0;
   }
 
-  static void add_divisors(Node& node, int images) {
-    const int64_t most = images * std::max(node.in[0].size(), node.out.size());
-    node.by_in_pixels = Divide(node.in[0].pixels(), most);
-    node.by_in_width = Divide(node.in[0].width, most);
-    node.by_out_pixels = Divide(node.out.pixels(), most);
-    node.by_out_width = Divide(node.out.width, most);
-    node.by_stride_y = Divide(node.op.stride.y, most);
-    node.by_stride_x = Divide(node.op.stride.x, most);
+  static void add_divisors(Node& node) {
+    node.by_in_pixels = Divide(node.in[0].pixels());
+    node.by_in_width = Divide(node.in[0].width);
+    node.by_out_pixels = Divide(node.out.pixels());
+    node.by_out_width = Divide(node.out.width);
+    node.by_stride_y = Divide(node.op.stride.y);
+    node.by_stride_x = Divide(node.op.stride.x);
+    node.by_kernel = Divide(node.op.kernel.y * node.op.kernel.x);
   }
 
   void add_taps(Node& node, std::vector<Tap>& taps) const {
     const Op& op = node.op;
     const Shape &in = node.in[0], &out = node.out;
-    const int kernel = op.kernel.y * op.kernel.x;
-    const auto add = [&](bool back, int channel, int tap) {
-      const int y = tap / op.kernel.x * op.dilation.y, x = tap % op.kernel.x * op.dilation.x;
-      taps.push_back({back ? channel * out.pixels() : channel * in.pixels() + y * in.width + x,
-                      back ? channel * in.channels * kernel + tap : 0, short(y), short(x)});
-    };
-    for (const bool back : {false, true}) {
-      (back ? node.taps_back : node.taps) = taps_.data() + taps.size();
-      for (int channel = 0; channel < (back ? out : in).channels; ++channel)
-        for (int tap = 0; tap < kernel; ++tap) add(back, channel, tap);
-    }
+    node.taps = taps_.data() + taps.size();
+    each_tap(op, in, [&](int channel, int y, int x) {
+      taps.push_back({channel * in.pixels() + y * in.width + x, short(y), short(x)});
+    });
+    taps.insert(taps.end(), kTapsBehind, Tap());
+    node.taps_back = taps_.data() + taps.size();
+    const bool unit = op.stride.y == 1 && op.stride.x == 1;
+    each_tap(op, out, [&](int channel, int y, int x) {
+      taps.push_back({channel * out.pixels() - (unit ? y * out.width + x : 0), short(-y), short(-x)});
+    });
+    taps.insert(taps.end(), kTapsBehind, Tap());
+  }
+
+  template <class Body>
+  static void each_tap(const Op& op, const Shape& side, const Body& body) {
+    for (int channel = 0; channel < side.channels; ++channel)
+      for (int y = 0; y < op.kernel.y; ++y)
+        for (int x = 0; x < op.kernel.x; ++x) body(channel, y * op.dilation.y, x * op.dilation.x);
   }
 
   static constexpr int64_t kMostElements = int64_t{1} << 30;  // they are counted in 32 bits
@@ -161,6 +168,12 @@ struct Layout {
     return of(a, members, shared_limit, slots, true);
   }
 
+  // Elements of a frame: values, adjoints, what ops and the loss save, and its own input.
+  static int64_t frame(const Program& p, LossKind loss, bool input) {
+    const int64_t probabilities = loss == LossKind::kCrossEntropy ? p.images * p.result.size() : 0;
+    return (p.values + p.adjoints + p.saved + probabilities + (input ? p.input : 0) + 3) / 4 * 4;
+  }
+
  private:
   template <class T>
   static Layout of(const Arguments<T>& a, int members, int64_t shared_limit, int slots, bool tiles) {
@@ -177,7 +190,8 @@ struct Layout {
     const int64_t query = a.has_query ? frame(a.query, a.loss, true) : 0;
     r.slots_kept = slots;
     r.slot = a.has_support ? frame(support, a.loss, a.rows != nullptr) : 0;
-    if (tiles) r.tile = {take(layout.shared, kTileShared), true};
+    r.tiles = tiles;
+    if (tiles) layout.shared = kTileShared;
     put(r.sums, 2 * members * kThreads / kWarp, true);
     put(r.gradient, a.flat, true);
     put(r.tangent, a.flat, second_order);
@@ -192,13 +206,6 @@ struct Layout {
     put(r.carried, support.carried, second_order && support.carried > 0);
     if (members > 1) r.partials = {take(layout.workspace, int64_t{members} * kTilePartials), false};
     return layout;
-  }
-
- public:
-  // Elements of a frame: values, adjoints, what ops and the loss save, and its own input.
-  static int64_t frame(const Program& p, LossKind loss, bool input) {
-    const int64_t probabilities = loss == LossKind::kCrossEntropy ? p.images * p.result.size() : 0;
-    return (p.values + p.adjoints + p.saved + probabilities + (input ? p.input : 0) + 3) / 4 * 4;
   }
 };
 

@@ -14,17 +14,21 @@ struct Place {
 };
 
 // What one weight of a convolution reads: from a window's first pixel so many elements on, so many rows and columns in.
-// On the way back it is an output channel's tap: the channel's start, and where its first weight lies.
-struct Tap {
-  int offset, weight;
-  short y, x;
+// On the way back it is an output channel's tap, so many rows and columns before; where the stride is not 1, the offset
+// is the channel's alone. By default beyond every picture.
+struct alignas(8) Tap {
+  int offset = 0;
+  short y = 1 << 14, x = 1 << 14;
 };
+
+// So many of the latter are behind the taps of an op, for the last tile.
+inline constexpr int kTapsBehind = 256;
 
 // One op, with all that a kernel has to know of it.
 struct Node {
   Op op;
   Shape in[2], out;
-  Divide by_in_pixels, by_in_width, by_out_pixels, by_out_width, by_stride_y, by_stride_x;
+  Divide by_in_pixels, by_in_width, by_out_pixels, by_out_width, by_stride_y, by_stride_x, by_kernel;
   const Tap *taps = nullptr, *taps_back = nullptr;  // [inputs, kernel], [outputs, kernel]
   Wants inner, outer;
   bool still = false;                     // see Flow

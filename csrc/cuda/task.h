@@ -75,7 +75,7 @@ class Task {
   METAAUG_DEVICE bool kept(int k) const { return k >= a.steps - a.regions.slots_kept; }
   METAAUG_DEVICE Pass pass(int index, int step) const { return {step, a.seed, uint32_t(task), uint32_t(index)}; }
   METAAUG_DEVICE Passes<T> passes(const Program& net) const {
-    return {net, a.frozen, {place(a.regions.tile), place(a.regions.partials), a.precision}};
+    return {net, a.frozen, {a.regions.tiles, place(a.regions.partials), a.precision}};
   }
 
   METAAUG_DEVICE Frame<T> frame(T* memory, const Program& net) const {

@@ -8,40 +8,38 @@ namespace metaaug::cuda {
 
 template <class T>
 struct Conv2d {
-  using Product = typename Conv2dTiles<T>::Product;
-
   METAAUG_DEVICE static void forward(const OpCall<T>& call) {
-    const Product product[] = {{call.x[0], call.p[0]}};
-    convolve(call, product, 1, call.p[1], [&](int i, T value) { call.put_output(i, value); });
+    const Product<T> product[] = {{call.x[0], call.p[0]}};
+    convolve(call, product, 1, call.p[1], false);
   }
 
   METAAUG_DEVICE static void backward(const OpCall<T>& call) {
     if (call.dx[0]) {
-      const Product product[] = {{call.dy, call.p[0]}};
+      const Product<T> product[] = {{call.dy, call.p[0]}};
       convolve_back(call, product, 1, call.dx);
     }
     if (call.dp[0]) {
-      const Product product[] = {{call.x[0], call.dy}};
+      const Product<T> product[] = {{call.dy, call.x[0]}};
       weight_gradient(call, product, 1, call.dp);
     }
     if (call.dp[1]) bias_gradient(call, call.dy, call.dp);
   }
 
   METAAUG_DEVICE static void tangent(const OpCall<T>& call) {
-    Product products[2] = {};
+    Product<T> products[2] = {};
     int terms = 0;
     if (call.x_t[0]) products[terms++] = {call.x_t[0], call.p[0]};
     if (call.p_t[0]) products[terms++] = {call.x[0], call.p_t[0]};
-    convolve(call, products, terms, call.p_t[1], [&](int i, T value) { call.put_tangent(i, value); });
+    convolve(call, products, terms, call.p_t[1], true);
   }
 
   METAAUG_DEVICE static void tangent_backward(const OpCall<T>& call) {
     if (call.dx_t[0]) {
-      const Product products[] = {{call.dy_t, call.p[0]}, {call.dy, call.p_t[0]}};
+      const Product<T> products[] = {{call.dy_t, call.p[0]}, {call.dy, call.p_t[0]}};
       convolve_back(call, products, call.p_t[0] ? 2 : 1, call.dx_t);
     }
     if (call.dp_t[0]) {
-      const Product products[] = {{call.x[0], call.dy_t}, {call.x_t[0], call.dy}};
+      const Product<T> products[] = {{call.dy_t, call.x[0]}, {call.dy, call.x_t[0]}};
       weight_gradient(call, products, call.x_t[0] ? 2 : 1, call.dp_t);
     }
     if (call.dp_t[1]) bias_gradient(call, call.dy_t, call.dp_t);
@@ -62,8 +60,8 @@ struct Conv2d {
   // twice the products of each value read. Neighbouring threads read B at neighbouring n; where these lie an even
   // number of elements apart, each begins at another k, so that they do not all want the same bank of memory.
   template <class Start, class Store>
-  METAAUG_DEVICE static void multiply(int rows, int columns, int depth, const Product* products, int terms, Strides a,
-                                      Strides b, const Start& start, const Store& store) {
+  METAAUG_DEVICE static void multiply(int rows, int columns, int depth, const Product<T>* products, int terms,
+                                      Strides a, Strides b, const Start& start, const Store& store) {
     const int across = (columns + 1) / 2, down = (rows + 1) / 2;
     each(down * across, [&](int tile) {
       const int m = tile / across, n = tile - m * across;
@@ -96,24 +94,20 @@ struct Conv2d {
     });
   }
 
-  // store(element of y, bias and the sum of inputs and weights)
-  template <class Store>
-  METAAUG_DEVICE static void convolve(const OpCall<T>& call, const Product* products, int terms, const T* bias,
-                                      const Store& store) {
+  // y or, `tangent`, y_t: bias and the sum of inputs and weights.
+  METAAUG_DEVICE static void convolve(const OpCall<T>& call, const Product<T>* products, int terms, const T* bias,
+                                      bool tangent) {
     const Node& node = *call.node;
     const Op& op = node.op;
     const Shape &in = node.in[0], &out = node.out;
     const int pixels = out.pixels(), kernel = op.kernel.y * op.kernel.x;
-    if (call.tiles.shared)
-      return Conv2dTiles<T>(call).convolve(products, terms, [&](int first, int o, T value) {
-        store(first + o * pixels, value + value_or(bias, o, T(0)));
-      });
+    if (call.tiles.used) return Conv2dTiles<T>(call).convolve(products, terms, bias, tangent);
     if (linear(node)) {
       const int inputs = in.channels, outputs = out.channels;
       return multiply(
           call.images, outputs, inputs, products, terms, {inputs, 1}, {1, inputs},
           [&](int o) { return value_or(bias, o, T(0)); },
-          [&](int n, int o, T value) { store(n * outputs + o, value); });
+          [&](int n, int o, T value) { call.put_value(tangent, n * outputs + o, value); });
     }
     each(call.images * out.size(), [&](int i) {
       const int plane = node.by_out_pixels(i), pixel = node.by_out_pixels.rest(i, plane);
@@ -134,16 +128,16 @@ struct Conv2d {
           }
         }
       }
-      store(i, sum);
+      call.put_value(tangent, i, sum);
     });
   }
 
   // dx (+)= sum of output adjoints and weights.
-  METAAUG_DEVICE static void convolve_back(const OpCall<T>& call, const Product* products, int terms, T* const* dx) {
+  METAAUG_DEVICE static void convolve_back(const OpCall<T>& call, const Product<T>* products, int terms, T* const* dx) {
     const Node& node = *call.node;
     const Op& op = node.op;
     const Shape &in = node.in[0], &out = node.out;
-    if (call.tiles.shared) return Conv2dTiles<T>(call).convolve_back(products, terms, dx);
+    if (call.tiles.used) return Conv2dTiles<T>(call).convolve_back(products, terms, dx);
     if (linear(node)) {
       const int inputs = in.channels, outputs = out.channels;
       return multiply(
@@ -173,18 +167,17 @@ struct Conv2d {
     });
   }
 
-  // dw += sum of inputs and output adjoints.
-  METAAUG_DEVICE static void weight_gradient(const OpCall<T>& call, const Product* products, int terms, T* const* dw) {
+  // dw += sum of output adjoints and inputs.
+  METAAUG_DEVICE static void weight_gradient(const OpCall<T>& call, const Product<T>* products, int terms,
+                                             T* const* dw) {
     const Node& node = *call.node;
     const Op& op = node.op;
     const Shape &in = node.in[0], &out = node.out;
-    if (call.tiles.shared) return Conv2dTiles<T>(call).weight_gradient(products, terms, dw);
+    if (call.tiles.used) return Conv2dTiles<T>(call).weight_gradient(products, terms, dw);
     if (linear(node)) {
       const int inputs = in.channels, outputs = out.channels;
-      const Product turned[2] = {{products[0].b, products[0].a},
-                                 terms > 1 ? Product{products[1].b, products[1].a} : Product{nullptr, nullptr}};
       return multiply(
-          outputs, inputs, call.images, turned, terms, {1, outputs}, {inputs, 1}, [](int) { return T(0); },
+          outputs, inputs, call.images, products, terms, {1, outputs}, {inputs, 1}, [](int) { return T(0); },
           [&](int o, int c, T value) { call.add_gradient(dw, 0, o * inputs + c, value); });
     }
     const int kernel = op.kernel.y * op.kernel.x;
@@ -195,8 +188,8 @@ struct Conv2d {
       T sum = 0;
       for (int term = 0; term < terms; ++term)
         for (int n = 0; n < call.images; ++n) {
-          const T* x = products[term].a + n * in.size() + c * in.pixels();
-          const T* dy = products[term].b + n * out.size() + o * out.pixels();
+          const T* x = products[term].b + n * in.size() + c * in.pixels();
+          const T* dy = products[term].a + n * out.size() + o * out.pixels();
           for (int y = 0; y < out.height; ++y) {
             const int iy = y * op.stride.y + shift_y;
             if (iy < 0 || iy >= in.height) continue;

@@ -49,12 +49,12 @@ struct Dropout {
 };
 
 // A pool's windows: which input a tap of an output reads, and which output reads an input by a tap; -1 is none.
-struct Windows {
+struct PoolWindows {
   const Node& node;
   const Op& op;
   const Shape &in, &out;
 
-  METAAUG_DEVICE explicit Windows(const Node& node) : node(node), op(node.op), in(node.in[0]), out(node.out) {}
+  METAAUG_DEVICE explicit PoolWindows(const Node& node) : node(node), op(node.op), in(node.in[0]), out(node.out) {}
   METAAUG_DEVICE int taps() const { return op.kernel.y * op.kernel.x; }
   METAAUG_DEVICE int input(int pixel, int tap) const {
     const int row = node.by_out_width(pixel), ky = tap / op.kernel.x;
@@ -96,7 +96,7 @@ struct Windows {
 template <class T>
 struct MaxPool {
   METAAUG_DEVICE static void prepare(const OpCall<T>& call) {
-    const Windows windows(*call.node);
+    const PoolWindows windows(*call.node);
     const T* x = call.x[0];
     windows.each_output(call.images, [&](int i, int plane, int pixel) {
       int choice = -1;
@@ -113,14 +113,14 @@ struct MaxPool {
     });
   }
   METAAUG_DEVICE static void map(const OpCall<T>& call, const T* const* x, T* y) {
-    const Windows windows(*call.node);
+    const PoolWindows windows(*call.node);
     windows.each_output(call.images, [&](int i, int plane, int pixel) {
       y[i] = x[0][plane + windows.input(pixel, int(call.saved[i]))];
     });
   }
   METAAUG_DEVICE static void adjoint(const OpCall<T>& call, const T* dy, T* const* dx) {
     if (!dx[0]) return;
-    const Windows windows(*call.node);
+    const PoolWindows windows(*call.node);
     windows.each_input(call.images, [&](int i, int plane, int pixel) {
       T sum = 0;
       for (int tap = 0; tap < windows.taps(); ++tap) {
@@ -137,7 +137,7 @@ template <class T>
 struct AvgPool {
   METAAUG_DEVICE static void prepare(const OpCall<T>&) {}
   METAAUG_DEVICE static void map(const OpCall<T>& call, const T* const* x, T* y) {
-    const Windows windows(*call.node);
+    const PoolWindows windows(*call.node);
     windows.each_output(call.images, [&](int i, int plane, int pixel) {
       T sum = 0;
       for (int tap = 0; tap < windows.taps(); ++tap) {
@@ -149,7 +149,7 @@ struct AvgPool {
   }
   METAAUG_DEVICE static void adjoint(const OpCall<T>& call, const T* dy, T* const* dx) {
     if (!dx[0]) return;
-    const Windows windows(*call.node);
+    const PoolWindows windows(*call.node);
     windows.each_input(call.images, [&](int i, int plane, int pixel) {
       T sum = 0;
       for (int tap = 0; tap < windows.taps(); ++tap) {
@@ -161,7 +161,7 @@ struct AvgPool {
   }
 
  private:
-  METAAUG_DEVICE static T share(const Windows& windows, int pixel) {
+  METAAUG_DEVICE static T share(const PoolWindows& windows, int pixel) {
     int real = 0;
     for (int tap = 0; tap < windows.taps(); ++tap) real += windows.input(pixel, tap) >= 0;
     return T(1) / T(windows.op.count_padding ? windows.taps() : real);

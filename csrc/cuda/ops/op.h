@@ -7,11 +7,11 @@
 
 namespace metaaug::cuda {
 
-// Room for tiles of products; see tile.h. Null shared memory: everything lies there already, and nothing goes through
-// tiles.
+// How products go through tiles, which begin shared memory; see tile.h. `used`: not everything lies there already.
 template <class T>
 struct TileRoom {
-  T *shared = nullptr, *partials = nullptr;
+  bool used = false;
+  T* partials = nullptr;
   Precision precision = Precision::kFloat32;
 };
 
@@ -43,9 +43,13 @@ struct OpCall {
   METAAUG_DEVICE bool moves() const { return x_t[0] || x_t[1] || p_t[0] || p_t[1]; }
   METAAUG_DEVICE int size() const { return int(images * node->out.size()); }
 
-  // An element of y; a product's relu is drawn in.
-  METAAUG_DEVICE void put_output(int i, T value) const { y[i] = node->op.relu && value < T(0) ? T(0) : value; }
-  METAAUG_DEVICE void put_tangent(int i, T value) const { y_t[i] = node->op.relu && !(y[i] > T(0)) ? T(0) : value; }
+  // An element of y or y_t; a product's relu is drawn in.
+  METAAUG_DEVICE void put_value(bool tangent, int i, T value) const {
+    if (tangent)
+      y_t[i] = node->op.relu && !(y[i] > T(0)) ? T(0) : value;
+    else
+      y[i] = node->op.relu && value < T(0) ? T(0) : value;
+  }
 
   // An element of dx or dx_t, which is `to`.
   METAAUG_DEVICE void put_adjoint(T* const* to, int j, int i, T value) const {

@@ -54,8 +54,15 @@ using FlatTile = TileShape<16, 64>;
 inline constexpr int kTileShared = 2 * (SquareTile::buffer > FlatTile::buffer ? SquareTile::buffer : FlatTile::buffer);
 inline constexpr int kTilePartials = 2 * 2 * kTileSums * kThreads;
 
-// One matrix of a product: at(term, outer(i), depth(k)) is its element in row (column) i; what outer and depth find is
-// found once where it can be. Neighbouring threads read neighbouring k if kByDepth, else neighbouring i.
+// What a sum's terms are products of.
+template <class T>
+struct Product {
+  const T *a, *b;
+};
+
+// One matrix of a product: at(array, outer(i), depth(k)) is its element in row (column) i, zero where there is none;
+// what outer and depth find is found once where it can be. Neighbouring threads read neighbouring k if kByDepth, else
+// neighbouring i.
 template <bool kByDepth, class Outer, class Depth, class At>
 struct Side {
   static constexpr bool by_depth = kByDepth;
@@ -75,28 +82,19 @@ class Loader {
   static_assert(kCount > 0, "every thread loads");
 
  public:
-  METAAUG_DEVICE Loader(const S& side, int first, int limit, int depth)
+  METAAUG_DEVICE Loader(const S& side, int first)
       : side(side),
-        first(first),
-        limit(limit),
-        depth(depth),
+        first(first + (S::by_depth ? block_thread() / kDepth : 0)),
         own(S::by_depth ? block_thread() % kDepth : block_thread() % kEdge),
-        outer(side.outer(!S::by_depth && first + own < limit ? first + own : 0)) {}
+        outer(side.outer(first + own)) {}
 
-  METAAUG_DEVICE void fetch(int term, int from) {
-    const int t = block_thread();
+  METAAUG_DEVICE void fetch(const T* array, int from) {
     if constexpr (S::by_depth) {
-      const int k = from + own;
-      const auto place = side.depth(k < depth ? k : 0);
-      for (int j = 0; j < kCount; ++j) {
-        const int i = first + t / kDepth + j * (kThreads / kDepth);
-        values[j] = i < limit && k < depth ? side.at(term, side.outer(i), place) : T(0);
-      }
+      const auto place = side.depth(from + own);
+      for (int j = 0; j < kCount; ++j) values[j] = side.at(array, side.outer(first + j * (kThreads / kDepth)), place);
     } else {
-      for (int j = 0; j < kCount; ++j) {
-        const int k = from + t / kEdge + j * (kThreads / kEdge);
-        values[j] = first + own < limit && k < depth ? side.at(term, outer, side.depth(k)) : T(0);
-      }
+      for (int j = 0; j < kCount; ++j)
+        values[j] = side.at(array, outer, side.depth(from + block_thread() / kEdge + j * (kThreads / kEdge)));
     }
   }
 
@@ -111,8 +109,8 @@ class Loader {
   }
 
  private:
-  const S& side;
-  const int first, limit, depth, own;
+  const S side;
+  const int first, own;
   const decltype(std::declval<S>().outer(0)) outer;
   T values[kCount];
 };
@@ -120,45 +118,35 @@ class Loader {
 template <class T, class Shape>
 class Tile {
  public:
-  METAAUG_DEVICE Tile(const TileRoom<T>& room) : room(room) {}
+  METAAUG_DEVICE explicit Tile(const TileRoom<T>& room) : room(room) {}
 
   // The sum over terms and k of a[m, k] b[n, k], handed to store(m, n, value); every thread of the team must call.
   // `turn`: 0 or 1, another one than of a product that no barrier divides from this one.
   template <class A, class B, class Store>
-  METAAUG_DEVICE void multiply(int turn, int rows, int columns, int depth, int terms, const A& a, const B& b,
-                               const Store& store) const {
+  METAAUG_DEVICE void multiply(int turn, int rows, int columns, int depth, const Product<T>* products, int terms,
+                               const A& a, const B& b, const Store& store) const {
     const int down = (rows + Shape::rows - 1) / Shape::rows, across = (columns + Shape::columns - 1) / Shape::columns;
-    const int tiles = down * across, chunks = (depth + Shape::depth - 1) / Shape::depth * terms;
+    const int tiles = down * across, chunks = (depth + Shape::depth - 1) / Shape::depth * terms, work = tiles * chunks;
     const bool shares = members() > 1 && chunks > 1 && tiles % members() != 0 && tiles < 4 * members();
-    if (!shares) {
-      for (int tile = member(); tile < tiles; tile += members()) {
-        T sums[kTileSums] = {};
-        add_chunks(sums, tile % down * Shape::rows, tile / down * Shape::columns, rows, columns, depth, 0, chunks, a,
-                   b);
-        put(sums, tile, down, rows, columns, store);
-      }
-      return;
-    }
-    const int64_t work = int64_t{tiles} * chunks;
-    const int sharers = int(work < members() ? work : members());
-    const auto begin = [&](int64_t m) { return m * work / sharers; };
+    const Shares all(work);
+    const int first = shares ? all.begin(member()) : member() * chunks, last = shares ? all.begin(member() + 1) : work;
     T* const partials = room.partials + turn * members() * 2 * kTileSums * kThreads + block_thread();
     const auto part = [&](int m, bool opens) { return partials + (2 * m + opens) * kTileSums * kThreads; };
-    for (int64_t at = begin(member()), last = member() < sharers ? begin(member() + 1) : at; at < last;) {
-      const int tile = int(at / chunks), from = int(at % chunks);
-      const int to = last - at < chunks - from ? from + int(last - at) : chunks;
+    for (int at = first; at < last;) {
+      const int tile = at / chunks, from = at - tile * chunks;
+      const int to = last - at < chunks - from ? from + last - at : chunks;
       T sums[kTileSums] = {};
-      add_chunks(sums, tile % down * Shape::rows, tile / down * Shape::columns, rows, columns, depth, from, to, a, b);
+      add_chunks(sums, tile % down * Shape::rows, tile / down * Shape::columns, depth, products, from, to, a, b);
       if (from == 0 && to == chunks)
         put(sums, tile, down, rows, columns, store);
       else
         for (int i = 0; i < kTileSums; ++i) part(member(), from == 0)[i * kThreads] = sums[i];
-      at += to - from;
+      at += shares ? to - from : members() * chunks;
     }
+    if (!shares) return;
     sync();
-    const auto owner = [&](int64_t at) { return int(((at + 1) * sharers - 1) / work); };
     for (int tile = member(); tile < tiles; tile += members()) {
-      const int opener = owner(int64_t{tile} * chunks), closer = owner(int64_t{tile + 1} * chunks - 1);
+      const int opener = all.owner(tile * chunks), closer = all.owner(tile * chunks + chunks - 1);
       if (opener == closer) continue;
       T sums[kTileSums];
       for (int i = 0; i < kTileSums; ++i) sums[i] = part(opener, true)[i * kThreads];
@@ -169,6 +157,17 @@ class Tile {
   }
 
  private:
+  // Equal stretches of some work for the blocks of a team; the first ones may have one piece more.
+  struct Shares {
+    int least, longer;
+    METAAUG_DEVICE explicit Shares(int work) : least(work / members()), longer(work % members()) {}
+    METAAUG_DEVICE int begin(int m) const { return m * least + (m < longer ? m : longer); }
+    METAAUG_DEVICE int owner(int at) const {
+      const int head = longer * (least + 1);
+      return at < head ? at / (least + 1) : longer + (at - head) / least;
+    }
+  };
+
   METAAUG_DEVICE bool exact() const { return !std::is_same_v<T, float> || room.precision == Precision::kFloat32; }
 
   template <class Store>
@@ -184,30 +183,30 @@ class Tile {
 
   // Two buffers: while one is used, the other is filled from what was fetched before. On return both are free.
   template <class A, class B>
-  METAAUG_DEVICE void add_chunks(T (&sums)[kTileSums], int first_row, int first_column, int rows, int columns,
-                                 int depth, int from, int to, const A& a, const B& b) const {
-    Loader<T, Shape::rows, Shape::a_stride, A> as(a, first_row, rows, depth);
-    Loader<T, Shape::columns, Shape::b_stride, B> bs(b, first_column, columns, depth);
+  METAAUG_DEVICE void add_chunks(T (&sums)[kTileSums], int first_row, int first_column, int depth,
+                                 const Product<T>* products, int from, int to, const A& a, const B& b) const {
+    Loader<T, Shape::rows, Shape::a_stride, A> as(a, first_row);
+    Loader<T, Shape::columns, Shape::b_stride, B> bs(b, first_column);
     const int a_term = (depth + Shape::depth - 1) / Shape::depth;
-    int term = from / a_term, k = from % a_term * Shape::depth;
+    const Product<T>* product = products + from / a_term;
+    int k = from % a_term * Shape::depth;
     const auto fetch = [&] {
-      as.fetch(term, k);
-      bs.fetch(term, k);
-      if ((k += Shape::depth) >= depth) k = 0, ++term;
+      as.fetch(in_global(product->a), k);
+      bs.fetch(in_global(product->b), k);
+      if ((k += Shape::depth) >= depth) k = 0, ++product;
     };
-    const auto stash = [&](T* buffer) {
-      as.stash(buffer);
-      bs.stash(buffer + Shape::depth * Shape::a_stride);
+    const auto buffer = [](int which) { return reinterpret_cast<T*>(shared_memory()) + which * Shape::buffer; };
+    const auto stash = [&](T* to) {
+      as.stash(to);
+      bs.stash(to + Shape::depth * Shape::a_stride);
     };
     fetch();
-    stash(room.shared);
+    stash(buffer(0));
     block_sync();
-    for (int chunk = from; chunk < to; ++chunk) {
-      T* const here = room.shared + (chunk - from) % 2 * Shape::buffer;
-      T* const next = room.shared + (chunk - from + 1) % 2 * Shape::buffer;
-      if (chunk + 1 < to) fetch();
-      add(sums, here, here + Shape::depth * Shape::a_stride);
-      if (chunk + 1 < to) stash(next);
+    for (int left = to - from, here = 0; left > 0; --left, here ^= 1) {
+      if (left > 1) fetch();
+      add(sums, buffer(here), buffer(here) + Shape::depth * Shape::a_stride);
+      if (left > 1) stash(buffer(here ^ 1));
       block_sync();
     }
   }
@@ -251,17 +250,17 @@ class Tile {
     }
   }
 
-  const TileRoom<T>& room;
+  const TileRoom<T> room;
 };
 
 // Which tiles fit best.
 template <class T, class A, class B, class Store>
-METAAUG_DEVICE void multiply_tiles(const TileRoom<T>& room, int turn, int rows, int columns, int depth, int terms,
-                                   const A& a, const B& b, const Store& store) {
+METAAUG_DEVICE void multiply_tiles(const TileRoom<T>& room, int turn, int rows, int columns, int depth,
+                                   const Product<T>* products, int terms, const A& a, const B& b, const Store& store) {
   if (rows <= FlatTile::rows && columns > FlatTile::rows)
-    Tile<T, FlatTile>(room).multiply(turn, rows, columns, depth, terms, a, b, store);
+    Tile<T, FlatTile>(room).multiply(turn, rows, columns, depth, products, terms, a, b, store);
   else
-    Tile<T, SquareTile>(room).multiply(turn, rows, columns, depth, terms, a, b, store);
+    Tile<T, SquareTile>(room).multiply(turn, rows, columns, depth, products, terms, a, b, store);
 }
 
 }  // namespace metaaug::cuda
