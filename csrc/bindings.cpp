@@ -36,6 +36,10 @@ PYBIND11_MODULE(_C, m) {
       .value("flatten", OpKind::kFlatten)
       .value("add", OpKind::kAdd)
       .value("dropout", OpKind::kDropout);
+  py::enum_<Precision>(m, "Precision", py::module_local())
+      .value("float32", Precision::kFloat32)
+      .value("tf32", Precision::kTf32)
+      .value("bf16", Precision::kBf16);
   py::enum_<LossKind>(m, "LossKind", py::module_local())
       .value("cross_entropy", LossKind::kCrossEntropy)
       .value("mse", LossKind::kMse)
@@ -86,6 +90,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("first_step", &Settings::first_step)
       .def_readwrite("loss", &Settings::loss)
       .def_readwrite("optimizer", &Settings::optimizer)
+      .def_readwrite("precision", &Settings::precision)
       .def_readwrite("first_order", &Settings::first_order)
       .def_readwrite("label_smoothing", &Settings::label_smoothing)
       .def_readwrite("momentum", &Settings::momentum)

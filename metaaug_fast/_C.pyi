@@ -29,6 +29,11 @@ class LossKind(Enum):
     mse = 1
     bce = 2
 
+class Precision(Enum):
+    float32 = 0
+    tf32 = 1
+    bf16 = 2
+
 class OptimizerKind(Enum):
     sgd = 0
     adam = 1
@@ -71,6 +76,7 @@ class Settings:
     first_step: int
     loss: LossKind
     optimizer: OptimizerKind
+    precision: Precision
     first_order: bool
     label_smoothing: float
     momentum: float

@@ -291,6 +291,7 @@ def _settings(problem: InnerProblem, steps: bool) -> _C.Settings:
     settings.first_step = 0 if steps else problem.steps
     settings.loss = getattr(_C.LossKind, str(problem.loss))
     settings.optimizer = getattr(_C.OptimizerKind, problem.optimizer)
+    settings.precision = getattr(_C.Precision, problem.precision)
     settings.first_order = problem.first_order
     settings.label_smoothing = problem.label_smoothing
     settings.momentum = problem.momentum

@@ -177,6 +177,7 @@ def inner_loop(
     label_smoothing: float = 0.0,
     batch_norm: str = "batch",
     task_chunk: int | None = None,
+    precision: str = "float32",
 ) -> FastWeights:
     """Adapt a copy of `model` to each of T tasks by K = `steps` gradient steps, differentiably.
 
@@ -201,6 +202,10 @@ def inner_loop(
         batch_norm: "batch" (every pass normalises with its own batch, which makes predictions depend on the
             other samples beside a sample), "running" or "frozen" (running statistics).
         task_chunk: how many tasks are in work at a time, which bounds memory. None: the executor's choice.
+        precision: of the factors in products of a float32 model on a GPU: "float32", or "tf32" or "bf16", which its
+            tensor cores multiply and add up in float32. Weights, activations and all else stay float32, and so do the
+            products of models so small that a task fits in one block's shared memory. Not for the fallback, which
+            computes as torch is set to.
 
     Raises:
         ValueError: an argument is out of range, or shapes, dtypes or devices do not fit together.
@@ -229,6 +234,7 @@ def inner_loop(
         first_order=first_order,
         batch_norm=batch_norm,
         task_chunk=task_chunk,
+        precision=precision,
     )
     return adapt_tasks(problem, Support(support_x, support_y, sample_weight, rows, initial), backend)
 
@@ -351,6 +357,8 @@ def _make(
             if backend == "fused":
                 raise
             reason = str(error)
+            if problem.precision != "float32":
+                reason += f", and it does not compute in {problem.precision}"
         if reason not in reasons:
             reasons.add(reason)
             warnings.warn(

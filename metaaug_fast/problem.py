@@ -17,6 +17,7 @@ from .losses import Loss, check_loss, check_targets
 from .tasks import check_samples
 
 BATCH_NORM = ("batch", "per_step", "running", "frozen")
+PRECISIONS = ("float32", "tf32", "bf16")
 OPTIMIZERS = ("sgd", "adam")
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -49,6 +50,7 @@ class InnerProblem:
         `min(k, rows - 1)`, a query pass after k steps row `min(max(k - 1, 0), rows - 1)`.
     rates: a `Rate` for every adapted name; names without one do not move.
     seed: keys dropout masks, see `dropout.py`.
+    precision: of the products of large float32 models in the CUDA engine, one of `PRECISIONS`; see `inner_loop`.
     """
 
     model: nn.Module
@@ -67,6 +69,7 @@ class InnerProblem:
     eps: float = 1e-8
     seed: int = 0
     task_chunk: int | None = None
+    precision: str = "float32"
 
     @property
     def training(self) -> bool:
@@ -135,6 +138,7 @@ def inner_problem(
     eps: float = 1e-8,
     seed: int = 0,
     task_chunk: int | None = None,
+    precision: str = "float32",
 ) -> InnerProblem:
     """Validate the arguments of an inner loop and put them into one form.
 
@@ -175,6 +179,7 @@ def inner_problem(
         raise ValueError(f"model must have parameters of one dtype (got {', '.join(sorted(map(str, dtypes)))})")
     if len(devices) > 1:
         raise ValueError(f"model must have its parameters on one device (got {', '.join(sorted(map(str, devices)))})")
+    _check_precision(precision, next(iter(values.values())))
     return InnerProblem(
         model=model,
         parameters=values,
@@ -192,6 +197,7 @@ def inner_problem(
         eps=eps,
         seed=seed,
         task_chunk=task_chunk,
+        precision=precision,
     )
 
 
@@ -318,6 +324,17 @@ def _check_running_statistics(model: nn.Module, batch_norm: str) -> None:
             raise ValueError(
                 f"batch_norm={batch_norm!r} needs running statistics (got track_running_stats=False at {path!r})"
             )
+
+
+def _check_precision(precision: str, like: Tensor) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)} (got {precision!r})")
+    if precision == "float32":
+        return
+    if like.dtype != torch.float32 or not like.is_cuda:
+        raise ValueError(
+            f"precision {precision!r} is a GPU's for float32 models (got a model in {like.dtype} on {like.device})"
+        )
 
 
 def _check_number(name: str, value: float, *, integer: bool = False, low: float = 0) -> None:

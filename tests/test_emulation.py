@@ -5,27 +5,40 @@ What is imported here is collected here too, and runs with an extension whose ev
 
 import hashlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import test_fused
 import torch
+from exactness import assert_close, errors
 from test_fused import (  # noqa: F401
+    Draw,
+    cast,
+    conv_sets,
+    convolutional,
+    executor_of,
+    mlp,
+    perceptron_sets,
+    run_all,
     test_a_loss_of_ones_own_on_predictions_of_adapted_weights,
     test_random_networks,
     test_sizes_at_the_edge,
     test_what_is_not_finite_is_named_by_task_and_step,
 )
 from test_inner_loop import test_weights_and_gradients_are_the_references  # noqa: F401
+from torch import nn
 from torch.utils import cpp_extension
 
 from metaaug_fast import fused
 from metaaug_fast.data import ClassImages, images
 from metaaug_fast.data.draws import Draws
 from metaaug_fast.data.episodes import EpisodeSpec
+from metaaug_fast.problem import inner_problem
 
 ROOT = Path(__file__).parents[1]
 NATIVE = ROOT / "tests" / "native"
+ROUNDOFF = {"tf32": 2.0**-11, "bf16": 2.0**-9}
 
 pytestmark = pytest.mark.usefixtures("fresh_numbers", "emulation")
 
@@ -33,7 +46,9 @@ pytestmark = pytest.mark.usefixtures("fresh_numbers", "emulation")
 @pytest.fixture(scope="module")
 def extension():
     """The extension with the emulation in the CPU engine's place."""
-    sources = [ROOT / "csrc" / name for name in ("ops.cpp", "bindings.cpp", "call.cpp", "flow.cpp", "fuse.cpp", "cpu/pool.cpp")]
+    sources = [
+        ROOT / "csrc" / name for name in ("ops.cpp", "bindings.cpp", "call.cpp", "flow.cpp", "fuse.cpp", "cpu/pool.cpp")
+    ]
     sources += [NATIVE / "emulated.cpp", NATIVE / "emulation.cpp"]
     digest = hashlib.sha256(torch.__version__.encode())
     for path in sorted([*(ROOT / "csrc").rglob("*.*"), *NATIVE.glob("*.cpp"), *NATIVE.glob("*.h")]):
@@ -60,11 +75,52 @@ def emulation(request, extension, monkeypatch):
     monkeypatch.setenv("METAAUG_EMULATION_SHARED", str(request.param))
     if request.param == 9000:  # a step's activations are kept, and a task's gradient
         monkeypatch.setenv("METAAUG_KEEP_MIB", "0")
+    return request.param
 
 
 @pytest.mark.parametrize("kind", ["perceptron", "convolutional"])
 def test_single_precision(kind):
     test_fused.test_single_precision(kind, 3)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+@pytest.mark.parametrize("kind", ["perceptron", "convolutional"])
+def test_tensor_cores(kind, precision, emulation):
+    """Factors are rounded, nothing else is; and float32 is float32."""
+    steps = 2
+    model, sets = (mlp(), perceptron_sets()) if kind == "perceptron" else (convolutional(width=21), conv_sets())
+    single = cast(torch.float32, inner_problem(model, 0.1, steps), *sets)
+    expected = run_all(*cast(torch.float64, *single))
+    exact, got = (
+        {name: value.double() for name, value in run_all(replace(single[0], precision=each), *single[1:]).items()}
+        for each in ("float32", precision)
+    )
+    assert_close(exact, expected, 200 * (steps + 1) * torch.finfo(torch.float32).eps)
+    if emulation < 200_000:
+        assert_close(got, expected, 12 * (steps + 1) * ROUNDOFF[precision])
+        assert max(errors(got, expected).values()) > ROUNDOFF[precision] / 4
+    elif kind == "perceptron":  # in shared memory, where no products go through tiles
+        assert all(torch.equal(got[name], exact[name]) for name in exact)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+@pytest.mark.parametrize("case", range(5))
+def test_tensor_cores_multiply_small_integers_exactly(case, precision):
+    """A convolution and its gradients, of sizes that fill tiles or do not."""
+    draw = Draw()
+    channels, outputs, size, count = draw.randint(1, 20), draw.randint(1, 40), draw.randint(3, 7), draw.randint(1, 5)
+    kernel, stride = draw.choice((1, 2, 3)), draw.choice((1, 1, 2))
+    model = nn.Conv2d(channels, outputs, kernel, stride, padding=draw.randint(0, 1), dtype=torch.float32)
+    problem = inner_problem(model, 0.1, 0)
+    tasks = draw.choice((1, 2, 7))
+    flat = torch.randint(-2, 3, (tasks, sum(value.numel() for value in model.parameters()))).float().requires_grad_()
+    x = torch.randint(-2, 3, (tasks, count, channels, size, size)).float().requires_grad_()
+    executor, results = executor_of(problem, x), []
+    for each in ("float32", precision):
+        got = executor.predict(replace(problem, precision=each), flat, x)
+        share = torch.arange(got.numel()).view_as(got) % 5 - 2.0
+        results.append([got, *torch.autograd.grad(got, (flat, x), share)])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -28,7 +28,7 @@ class MAML(Learner):
         inner_lr: a number, one for each step `[K]`, or a mapping by name: see `inner_loop`.
         inner_steps: K.
         first_order: take inner gradients for constants (FOMAML). May be changed at any time.
-        loss, adapt, label_smoothing, momentum, weight_decay, backend, task_chunk: see `inner_loop`.
+        loss, adapt, label_smoothing, momentum, weight_decay, backend, task_chunk, precision: see `inner_loop`.
         learn_inner_lr: make `inner_lr` a parameter, in the form in which it is given.
         batch_norm: "batch", "running", "frozen" (see `inner_loop`), or "per_step" as in MAML++ (Antoniou et al. 2018,
             arXiv 1810.09502): "batch" with affines of their own for each step, `[K, C]`. These are meta-parameters
@@ -64,6 +64,7 @@ class MAML(Learner):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         task_chunk: int | None = None,
+        precision: str = "float32",
     ) -> None:
         super().__init__()
         self.model = model
@@ -78,6 +79,7 @@ class MAML(Learner):
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.task_chunk = task_chunk
+        self.precision = precision
         self.per_step = nn.ParameterDict(_affines_per_step(model, inner_steps) if batch_norm == "per_step" else {})
         rates = self.problem().rates
         if learn_inner_lr and isinstance(inner_lr, Mapping):
@@ -124,6 +126,7 @@ class MAML(Learner):
             batch_norm=self.batch_norm,
             parameters={_name(key): value for key, value in self.per_step.items()},
             task_chunk=self.task_chunk,
+            precision=self.precision,
         )
 
 

@@ -30,7 +30,8 @@ class Reptile(Learner):
 
     Args:
         model: any module; `step` changes its parameters in place.
-        inner_lr, loss, adapt, batch_norm, backend, task_chunk: see `inner_loop`; batch_norm is "batch" or "frozen".
+        inner_lr, loss, adapt, batch_norm, backend, task_chunk, precision: see `inner_loop`; batch_norm is "batch" or
+            "frozen".
         inner_optimizer: "adam" (with `betas`) or "sgd".
         meta_lr: may be set between steps; the paper lets it fall linearly to 0.
         inner_batch: samples in an inner step: the support set is shuffled, cut into batches of this size and
@@ -68,6 +69,7 @@ class Reptile(Learner):
         betas: tuple[float, float] = (0.0, 0.999),
         seed: int = 0,
         task_chunk: int | None = None,
+        precision: str = "float32",
     ) -> None:
         super().__init__()
         if inner_batch is not None and inner_batch < 1:
@@ -90,6 +92,7 @@ class Reptile(Learner):
         self.betas = betas
         self.seed = seed
         self.task_chunk = task_chunk
+        self.precision = precision
         self._generator = torch.Generator().manual_seed(seed)
         self.problem()
 
@@ -180,6 +183,7 @@ class Reptile(Learner):
             optimizer=self.inner_optimizer,
             betas=self.betas,
             task_chunk=self.task_chunk,
+            precision=self.precision,
         )
 
 
