@@ -119,7 +119,13 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("prediction_adjoint", &Inputs::prediction_adjoint);
 
   py::class_<FusedEngine>(m, "FusedEngine", py::module_local())
-      .def(py::init<Graph>())
+      .def(py::init<Graph, bool>(), py::arg("graph"), py::arg("on_gpu"))
+      .def("footprint",
+           [](FusedEngine& engine, const Settings& settings, int samples, bool in_double, int device) {
+             const auto dtype = in_double ? at::kDouble : at::kFloat;
+             const cuda::Footprint found = engine.footprint(settings, samples, dtype, device);
+             return std::make_pair(found.task, found.block);
+           })
       .def("run", [](FusedEngine& engine, const Settings& settings, const Inputs& inputs,
                      const std::vector<std::string>& outputs) {
         bool interrupted = false;

@@ -89,23 +89,38 @@ cpu::Parallel on_all_threads(const std::function<bool()>& poll, std::atomic<bool
 
 }  // namespace
 
-#if defined(METAAUG_CUDA)
+#if defined(METAAUG_CUDA) || defined(METAAUG_EMULATION)
+template <class T>
+cuda::Engine<T>& FusedEngine::on_gpu(int device) {
+  auto& engine = engines<T>().cuda[device];
+  if (!engine) engine = cuda::make_engine<T>(graph_);
+  return *engine;
+}
+
 template <class T>
 NonFinite FusedEngine::run_cuda(const Call<T>& call, at::Device device) {
   const OnDevice current(device);
-  auto& engine = engines<T>().cuda[device.index()];
-  if (!engine) engine = cuda::make_engine<T>(graph_);
   std::vector<at::Tensor> memory;  // freed in the order of the stream
   const auto allocate = [&](int64_t bytes) {
     memory.push_back(at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device)));
     return memory.back().mutable_data_ptr();
   };
-  return engine->run(call, {current.stream(), allocate}, false);
+  return on_gpu<T>(device.index()).run(call, {current.stream(), allocate}, false);
+}
+
+cuda::Footprint FusedEngine::footprint(const Settings& settings, int samples, at::ScalarType dtype, int device) {
+  const OnDevice current(at::Device(at::kCUDA, at::DeviceIndex(device)));
+  return dtype == at::kDouble ? on_gpu<double>(device).footprint(settings, samples)
+                              : on_gpu<float>(device).footprint(settings, samples);
 }
 #else
 template <class T>
 NonFinite FusedEngine::run_cuda(const Call<T>&, at::Device device) {
   TORCH_CHECK_VALUE(false, "support_x must be on the CPU, for this build has no CUDA engine (got ", device, ")");
+}
+
+cuda::Footprint FusedEngine::footprint(const Settings&, int, at::ScalarType, int) {
+  TORCH_CHECK_VALUE(false, "this build has no CUDA engine");
 }
 #endif
 

@@ -35,13 +35,19 @@ inline constexpr bool kCuda = false;
 
 class FusedEngine {
  public:
-  explicit FusedEngine(Graph graph) : graph_(std::move(graph)) { cpu::check(graph_); }
+  // Throws std::invalid_argument where the engine of that kind of device cannot run the graph.
+  FusedEngine(Graph graph, bool on_gpu) : graph_(std::move(graph)) {
+    on_gpu ? cuda::check(graph_) : cpu::check(graph_);
+  }
 
   // Computes, on the device of the data, the outputs named in `outputs`: those of Call, and `loss`, the mean of
   // `task_losses`. `poll` is called between tasks on the calling thread; true stops the run. A run on a GPU is queued
   // on the current stream and never stopped.
   std::map<std::string, at::Tensor> run(const Settings& settings, const Inputs& inputs,
                                         const std::vector<std::string>& outputs, const std::function<bool()>& poll);
+
+  // See cuda::Engine; for float32 or float64 on a GPU.
+  cuda::Footprint footprint(const Settings& settings, int samples, at::ScalarType dtype, int device);
 
  private:
   // Engines for one type; a GPU has one of its own.
@@ -60,6 +66,8 @@ class FusedEngine {
                                            const std::vector<std::string>& outputs, const std::function<bool()>& poll);
   template <class T>
   NonFinite run_cuda(const Call<T>& call, at::Device device);
+  template <class T>
+  cuda::Engine<T>& on_gpu(int device);
 
   Graph graph_;
   std::tuple<Engines<float>, Engines<double>> engines_;

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .fused import refusal
+from .fused import FusedExecutor, refusal
+from .inner_loop import choose_executor
 from .lowering import Op, Refusal, survey
 from .op_table import Shape, batched
+from .problem import inner_problem
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Explanation:
 
     fused: the fused engine runs this model. reason: why it does not, or "". rows: every op, in order.
     parameters: of the model. flops: of one sample's forward pass through the rows whose cost is known.
-    device: what example_x is on, "cpu" or "cuda".
+    device: what example_x is on, "cpu" or "cuda". path: on a GPU, how tasks of N samples run there.
     """
 
     fused: bool
@@ -41,6 +43,7 @@ class Explanation:
     parameters: int
     flops: int
     device: str = "cpu"
+    path: str = ""
 
     def __str__(self) -> str:
         lines: list[tuple[str, ...]] = [("op", "where", "output", "parameters", "FLOPs", "fused")]
@@ -53,7 +56,9 @@ class Explanation:
         partial = "" if all(row.flops is not None for row in self.rows) else " + ?"
         lines.append(("total", "", "", f"{self.parameters:,}", f"{self.flops:,}{partial}", ""))
         verdict = (
-            f"fused engine ({self.device.upper()})" if self.fused else f"fallback (torch.func), because {self.reason}"
+            f"fused engine ({self.device.upper()}){self.path and ', '}{self.path}"
+            if self.fused
+            else f"fallback (torch.func), because {self.reason}"
         )
         return f"{_aligned(lines)}\nruns on: {verdict}"
 
@@ -68,7 +73,7 @@ def explain(model: nn.Module, example_x: Tensor) -> Explanation:
     then says that the engine knows the op. A parameter that several ops share counts once in the total.
 
     Args:
-        example_x: an input of the model, `[N, ...]`; only its shape, dtype and device matter.
+        example_x: an input of the model, `[N, ...]`; only its shape, dtype and device matter, and N only for `path`.
 
     Raises:
         ValueError: `example_x` has no batch dimension.
@@ -95,7 +100,17 @@ def explain(model: nn.Module, example_x: Tensor) -> Explanation:
         parameters=sum(value.numel() for value in named.values()),
         flops=sum(row.flops or 0 for row in rows),
         device=example_x.device.type,
+        path=_gpu_path(model, example_x) if example_x.is_cuda and not reason else "",
     )
+
+
+def _gpu_path(model: nn.Module, example_x: Tensor) -> str:
+    """How the CUDA engine runs one inner step on N support samples, and the query."""
+    if not any(value.requires_grad for value in model.parameters()):
+        return ""
+    problem = inner_problem(model, 0.01, 1)
+    executor = choose_executor(problem, tuple(example_x.shape[1:]))
+    return executor.gpu_path(problem, len(example_x)) if isinstance(executor, FusedExecutor) else ""
 
 
 def _misplaced(example_x: Tensor, parameters: Iterable[Tensor]) -> str:

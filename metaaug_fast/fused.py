@@ -89,10 +89,26 @@ class FusedExecutor:
         rows = tuple((name, len(problem.parameters[name])) for name in sorted(problem.per_step))
         if rows not in self._engines:
             try:
-                self._engines[rows] = _C.FusedEngine(_native(self._graph, self._shapes, problem))
+                on_gpu = next(iter(problem.parameters.values())).is_cuda
+                self._engines[rows] = _C.FusedEngine(_native(self._graph, self._shapes, problem), on_gpu)
             except ValueError as error:
                 raise NotFusedError(str(error)) from None
         return self._engines[rows]
+
+    def gpu_path(self, problem: InnerProblem, samples: int) -> str:
+        """How a meta-step with so many support and query samples a task runs on the parameters' GPU."""
+        like = next(iter(problem.parameters.values()))
+        settings, device = _settings(problem, True), like.device.index or 0
+        task, block = self.engine(problem).footprint(settings, samples, like.dtype == torch.float64, device)
+        if task <= block:
+            return (
+                f"a block of threads a task, all in shared memory: {task / 1024:.1f} of {block / 1024:.1f} KiB "
+                f"for {samples} support and query samples"
+            )
+        return (
+            f"in tiles over global memory: for {samples} support and query samples a task needs "
+            f"{task / 1024:.1f} KiB, more than the {block / 1024:.1f} KiB of shared memory that a block has"
+        )
 
     def learn_statistics(self, problem: InnerProblem, seen: Tensor) -> None:
         """Move the model's running statistics by `seen` `[T, 2 sum C]`, means and variances in order of ops."""

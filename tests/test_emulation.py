@@ -22,6 +22,7 @@ from test_fused import (  # noqa: F401
     perceptron_sets,
     run_all,
     test_a_loss_of_ones_own_on_predictions_of_adapted_weights,
+    test_perceptrons_of_round_and_other_sizes,
     test_random_networks,
     test_sizes_at_the_edge,
     test_what_is_not_finite_is_named_by_task_and_step,
@@ -30,10 +31,12 @@ from test_inner_loop import test_weights_and_gradients_are_the_references  # noq
 from torch import nn
 from torch.utils import cpp_extension
 
+import metaaug_fast as mf
 from metaaug_fast import fused
 from metaaug_fast.data import ClassImages, images
 from metaaug_fast.data.draws import Draws
 from metaaug_fast.data.episodes import EpisodeSpec
+from metaaug_fast.errors import FallbackWarning, NotFusedError
 from metaaug_fast.problem import inner_problem
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +84,25 @@ def emulation(request, extension, monkeypatch):
 @pytest.mark.parametrize("kind", ["perceptron", "convolutional"])
 def test_single_precision(kind):
     test_fused.test_single_precision(kind, 3)
+
+
+def test_the_way_that_a_shape_takes_is_told(emulation):
+    problem = inner_problem(mlp(), 0.1, 1)
+    executor = executor_of(problem, torch.zeros(1, 1, 4))
+    small, large = executor.gpu_path(problem, 6), executor.gpu_path(problem, 5000)
+    assert ("all in shared memory" in small) == (emulation == 200_000)
+    assert "6 support and query samples" in small
+    assert f"more than the {emulation / 1024:.1f} KiB of shared memory that a block has" in large
+
+
+def test_models_with_too_many_parts_take_the_fallback():
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(49)))
+    model.requires_grad_(False)[-1].requires_grad_(True)
+    x, y = torch.randn(1, 3, 2), torch.randn(1, 3, 2)
+    with pytest.raises(NotFusedError, match=r"takes at most 96 parameter tensors \(got 98\)"):
+        mf.inner_loop(model, x, y, loss="mse", backend="fused")
+    with pytest.warns(FallbackWarning, match="at most 96 parameter tensors"):
+        mf.inner_loop(model, x, y, loss="mse")
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])

@@ -475,6 +475,14 @@ def perceptron_sets(tasks: int = 3, samples: int = 6) -> tuple[Support, Query]:
     return Support(x[0].requires_grad_(), y[0]), Query(x[1].requires_grad_(), y[1])
 
 
+@pytest.mark.parametrize("sizes", [(1, 40, 40, 1), (4, 8, 12, 16, 3), (8, 7, 4, 4)])
+def test_perceptrons_of_round_and_other_sizes(sizes):
+    """Where rows are whole vectors, and where some are not."""
+    problem = inner_problem(mf.models.mlp(list(sizes)).double(), 0.05, 3, loss="mse", momentum=0.3)
+    support = Support(randn(3, 6, sizes[0]).requires_grad_(), randn(3, 6, sizes[-1]))
+    assert_exact(problem, support, Query(randn(3, 5, sizes[0]).requires_grad_(), randn(3, 5, sizes[-1])))
+
+
 @pytest.mark.parametrize(
     ("tasks", "samples", "queries", "steps", "batch_norm"),
     [(1, 1, 1, 2, False), (1, 5, 1, 1, False), (130, 2, 3, 1, True), (3, 5, 4, 0, True), (2, 4, 3, 20, True)],

@@ -4,13 +4,10 @@
 #include "../call.h"
 #include "../loss.h"
 #include "block.h"
+#include "engine.h"
 #include "program.h"
 
 namespace metaaug::cuda {
-
-// Kernel arguments have 4 KiB, so a model has at most so many parameters and frozen buffers.
-inline constexpr int kMostParameters = 96;
-inline constexpr int kMostBuffers = 128;
 
 // A buffer of a task: in its block's shared memory or in its team's part of the workspace, so many elements from the
 // start.
@@ -60,14 +57,14 @@ struct Arguments {
 
   // Of each parameter: the user's tensor, its place in theta, and its rate.
   int parameters;
-  int64_t flat;                // parameters' elements
-  int64_t rates;               // rates' elements
-  const int64_t* offsets;      // [parameters + 1] in theta
-  const int64_t* rate_offset;  // [parameters] in the gradient of all rates, -1 where a parameter does not move
+  int64_t flat;                      // parameters' elements
+  int64_t rates;                     // rates' elements
+  int offset[kMostParameters + 1];   // in theta
+  int rate_offset[kMostParameters];  // in the gradient of all rates
   const T* parameter[kMostParameters];
   const T* rate[kMostParameters];
   unsigned char rate_form[kMostParameters];  // of the flags below
-  const T* frozen[kMostBuffers];
+  const T* frozen[2 * kMostFrozen];
 
   const T *support_x, *support_y, *support_weight, *initial, *query_x, *query_y;
   const int64_t *support_ids, *rows, *query_ids;
@@ -86,6 +83,8 @@ struct Arguments {
   TeamState* team_states;  // [teams], zero
   Failure* failures;       // [tasks]
   volatile int* failed;    // set if there is one
+
+  METAAUG_DEVICE int size(int p) const { return offset[p + 1] - offset[p]; }
 };
 
 inline constexpr unsigned char kPerStep = 1, kPerElement = 2;

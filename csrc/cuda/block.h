@@ -80,10 +80,15 @@ METAAUG_DEVICE inline bool sync_or(bool value) {
   return *const_cast<volatile unsigned*>(&team_state()->votes) != before;
 }
 
-// Says that a pointer is not to shared memory.
+// Say where a pointer leads.
 template <class T>
 METAAUG_DEVICE const T* in_global(const T* pointer) {
   __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
+template <class T>
+METAAUG_DEVICE const T* in_shared(const T* pointer) {
+  __builtin_assume(__isShared(pointer));
   return pointer;
 }
 
@@ -139,6 +144,10 @@ inline void sync() { emulation::sync_or(false); }
 inline bool sync_or(bool value) { return emulation::sync_or(value); }
 template <class T>
 const T* in_global(const T* pointer) {
+  return pointer;
+}
+template <class T>
+const T* in_shared(const T* pointer) {
   return pointer;
 }
 inline char* shared_memory() { return emulation::shared_memory(); }

@@ -1,9 +1,12 @@
 // The GPU engine: a call becomes a launch over all its tasks, and one for each sum over them.
 #pragma once
 
+#include <algorithm>
 #include <functional>
 #include <map>
 #include <memory>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -17,10 +20,33 @@ struct Resources {
   std::function<void*(int64_t bytes)> allocate;
 };
 
+// Kernel arguments have 4 KiB, so a model has at most so many parameters, and batch norms with frozen statistics.
+inline constexpr int kMostParameters = 96, kMostFrozen = 48;
+
+// Throws std::invalid_argument where a graph is too large for that.
+inline void check(const Graph& graph) {
+  const auto at_most = [](int most, const char* of, int64_t got) {
+    if (got > most)
+      throw std::invalid_argument("the CUDA engine takes at most " + std::to_string(most) + " " + of + " (got " +
+                                  std::to_string(got) + ")");
+  };
+  at_most(kMostParameters, "parameter tensors", int64_t(graph.parameters.size()));
+  at_most(kMostFrozen, "batch norms with frozen statistics",
+          std::count_if(graph.ops.begin(), graph.ops.end(), [](const Op& op) { return op.buffer[0] >= 0; }));
+}
+
+// Bytes that a task needs to run in one block's shared memory, and those that a block has there.
+struct Footprint {
+  int64_t task, block;
+};
+
 template <class T>
 class Engine {
  public:
   virtual ~Engine() = default;
+
+  // Of a meta-step with so many samples in each set.
+  virtual Footprint footprint(const Settings& settings, int samples) = 0;
 
   // Queues the call, whose pointers are the device's, and does not wait for it. So what is returned is what an earlier
   // call on this engine has met that was not finite, and then nothing is queued; with `wait`, or METAAUG_SYNC=1, it is
@@ -50,7 +76,7 @@ struct Episodes {
 template <class T>
 void draw_episodes(const Episodes<T>& episodes, void* stream);
 
-// For the current device. Throws std::invalid_argument where the graph cannot be run.
+// For the current device, of a graph that has passed the check.
 template <class T>
 std::unique_ptr<Engine<T>> make_engine(const Graph& graph);
 

@@ -17,12 +17,11 @@ template <class T>
 class Executor final : public Engine<T> {
  public:
   explicit Executor(const Graph& graph) : graph_(fuse(graph, true)), limits_(Limits::of_current_device()) {
-    if (graph.parameters.size() > size_t{kMostParameters})
-      throw std::invalid_argument("the CUDA engine takes at most " + std::to_string(kMostParameters) +
-                                  " parameter tensors (got " + std::to_string(graph.parameters.size()) + ")");
     offsets_.push_back(0);
     for (const Parameter& p : graph.parameters) offsets_.push_back(offsets_.back() + p.size());
-    device_offsets_.assign(offsets_);
+    if (offsets_.back() > kMostElements)
+      throw std::invalid_argument("the CUDA engine takes at most 2^30 parameters (got " +
+                                  std::to_string(offsets_.back()) + ")");
     failed_.resize(1);
     *failed_.data() = 0;
   }
@@ -32,7 +31,7 @@ class Executor final : public Engine<T> {
     NonFinite earlier = take_failure(resources.stream);
     earlier.earlier = true;
     if (earlier.task >= 0) return earlier;
-    Arguments<T> a = arguments(call, resources.stream);
+    Arguments<T> a = arguments(call);
     const int64_t row_bytes = std::max<int64_t>(a.row_size * int64_t(sizeof(T)), 1);
     const int chunk = int(std::clamp<int64_t>(kept_bytes() / row_bytes, 1, call.tasks));
     const Teams teams = plan_teams(a, chunk);
@@ -63,6 +62,23 @@ class Executor final : public Engine<T> {
     return wait_for_it || waits_ ? take_failure_now(resources.stream) : NonFinite();
   }
 
+  Footprint footprint(const Settings& settings, int samples) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    static const T something = 0;
+    static T result = 0;
+    Call<T> call;
+    call.settings = settings;
+    call.tasks = 1;
+    call.parameters.assign(graph_.parameters.size(), &something);
+    call.rates.assign(graph_.parameters.size(), {&something, false, false});
+    call.wanted.assign(graph_.parameters.size(), true);
+    call.support.count = call.query.count = samples;
+    call.support.x = call.query.x = &something;
+    call.grad_parameters = &result;
+    const Layout layout = Layout::in_shared_memory(arguments(call), kMostElements, 1);
+    return {layout.shared * int64_t(sizeof(T)), limits_.shared_bytes};
+  }
+
  private:
   static constexpr int kPlannedSizes = 32, kMostSlots = 16;
 
@@ -77,7 +93,7 @@ class Executor final : public Engine<T> {
     return *entry;
   }
 
-  Arguments<T> arguments(const Call<T>& call, void* stream) {
+  Arguments<T> arguments(const Call<T>& call) {
     const int count = int(graph_.parameters.size());
     const Settings& s = call.settings;
     Arguments<T> a{};
@@ -117,8 +133,7 @@ class Executor final : public Engine<T> {
     a.seed = s.seed;
     a.parameters = count;
     a.flat = offsets_.back();
-    a.offsets = device_offsets_.data();
-    std::vector<int64_t> rate_offsets(count, -1);
+    std::copy(offsets_.begin(), offsets_.end(), a.offset);
     for (int p = 0; p < count; ++p) {
       a.parameter[p] = call.initial ? nullptr : call.parameters[p];
       const Rate<T>& rate = call.rates[p];
@@ -126,18 +141,9 @@ class Executor final : public Engine<T> {
       a.rate_form[p] = (unsigned char)((rate.per_step ? kPerStep : 0) | (rate.per_element ? kPerElement : 0) |
                                        (updated[p] ? kUpdatedByOp : 0));
       if (!rate.data) continue;
-      rate_offsets[p] = a.rates;
+      a.rate_offset[p] = int(a.rates);
       a.rates += (rate.per_step ? s.steps : 1) * (rate.per_element ? graph_.parameters[p].size() : 1);
     }
-    if (rate_offsets != rate_offsets_) {
-      wait(stream);  // an earlier call may still read them
-      device_rate_offsets_.assign(rate_offsets_ = rate_offsets);
-    }
-    a.rate_offset = device_rate_offsets_.data();
-    if (call.buffers.size() > size_t{kMostBuffers})
-      throw std::invalid_argument("the CUDA engine takes at most " + std::to_string(kMostBuffers / 2) +
-                                  " batch norms with frozen statistics (got " +
-                                  std::to_string(call.buffers.size() / 2) + ")");
     std::copy(call.buffers.begin(), call.buffers.end(), a.frozen);
     a.support_x = call.support.x;
     a.support_y = call.support.values;
@@ -183,8 +189,8 @@ class Executor final : public Engine<T> {
     int64_t shared_bytes = 0;
   };
 
-  // A block takes a task whose buffers fit in its shared memory. Where they do not, they lie in the workspace; with fewer
-  // tasks than blocks that can be at work, two on a multiprocessor, a team of blocks takes a task.
+  // A block takes a task whose buffers fit in its shared memory. Where they do not, they lie in the workspace; with
+  // fewer tasks than blocks that can be at work, two on a multiprocessor, a team of blocks takes a task.
   Teams plan_teams(const Arguments<T>& a, int tasks) const {
     Teams teams;
     const int processors = limits_.multiprocessors;
@@ -240,8 +246,7 @@ class Executor final : public Engine<T> {
   const Graph graph_;
   const Limits limits_;
   const bool waits_ = std::getenv("METAAUG_SYNC") && std::string(std::getenv("METAAUG_SYNC")) == "1";
-  std::vector<int64_t> offsets_, rate_offsets_;
-  Array<int64_t, DeviceMemory> device_offsets_, device_rate_offsets_;
+  std::vector<int64_t> offsets_;
   Array<Failure, DeviceMemory> failures_;
   Array<int, SharedMemory> failed_;
   int tasks_ = 0;

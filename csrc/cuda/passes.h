@@ -25,7 +25,8 @@ struct Passes {
   TileRoom<T> tiles;
 
   // `again`: not for the first time on this task, so that still ops are done.
-  METAAUG_DEVICE void forward(const Frame<T>& frame, const T* theta, const Pass& pass, bool again = false) const {
+  METAAUG_DEVICE METAAUG_NOINLINE void forward(const Frame<T>& frame, const T* theta, const Pass& pass,
+                                               bool again = false) const {
     for (int i = 0; i < net.count; ++i) {
       if (again && net.nodes[i].still) continue;
       run_op(Role::kForward, bind(i, frame, theta, pass));
@@ -34,21 +35,22 @@ struct Passes {
   }
 
   // Adjoints of all wanted values from the output's, which the caller has written; `grad` is added to.
-  METAAUG_DEVICE void backward(const Frame<T>& frame, const T* theta, const Pass& pass, T* grad) const {
+  METAAUG_DEVICE METAAUG_NOINLINE void backward(const Frame<T>& frame, const T* theta, const Pass& pass,
+                                                T* grad) const {
     for (int i = net.count; i-- > 0;)
       if (net.nodes[i].outer.active) adjoint(i, frame, frame, theta, pass, net.nodes[i].outer, grad, nullptr);
   }
 
   // The same towards parameters that adapt; without `grad`, of values alone. Gradients go to `update` where they can.
-  METAAUG_DEVICE void step_backward(const Frame<T>& frame, const T* theta, const Pass& pass, T* grad,
-                                    const Update<T>* update) const {
+  METAAUG_DEVICE METAAUG_NOINLINE void step_backward(const Frame<T>& frame, const T* theta, const Pass& pass, T* grad,
+                                                     const Update<T>* update) const {
     for (int i = net.count; i-- > 0;)
       if (net.nodes[i].inner.active) adjoint(i, frame, frame, theta, pass, net.nodes[i].inner, grad, update);
   }
 
   // Tangents of all values that move, for the parameter tangents `theta_t`.
-  METAAUG_DEVICE void tangent(const Frame<T>& frame, const Frame<T>& tangents, const T* theta, const T* theta_t,
-                              const Pass& pass) const {
+  METAAUG_DEVICE METAAUG_NOINLINE void tangent(const Frame<T>& frame, const Frame<T>& tangents, const T* theta,
+                                               const T* theta_t, const Pass& pass) const {
     for (int i = 0; i < net.count; ++i) {
       OpCall<T> call = bind(i, frame, theta, pass);
       bind_tangents(call, i, tangents, theta_t, pass);
@@ -61,8 +63,8 @@ struct Passes {
 
   // The tangent of `backward` towards all wanted parameters, from the tangent of the output's adjoint. At still ops it
   // stops.
-  METAAUG_DEVICE void tangent_backward(const Frame<T>& frame, const Frame<T>& tangents, const T* theta,
-                                       const T* theta_t, const Pass& pass, T* grad_t) const {
+  METAAUG_DEVICE METAAUG_NOINLINE void tangent_backward(const Frame<T>& frame, const Frame<T>& tangents, const T* theta,
+                                                        const T* theta_t, const Pass& pass, T* grad_t) const {
     for (int i = net.count; i-- > 0;) {
       const Node& node = net.nodes[i];
       if (!node.outer.active || node.still) continue;
@@ -81,7 +83,8 @@ struct Passes {
   }
 
   // Goes on from there, once for all steps: nothing moves, so this is linear in the carried adjoints.
-  METAAUG_DEVICE void still_backward(const Frame<T>& frame, const Frame<T>& tangents, const T* theta, T* grad) const {
+  METAAUG_DEVICE METAAUG_NOINLINE void still_backward(const Frame<T>& frame, const Frame<T>& tangents, const T* theta,
+                                                      T* grad) const {
     for (int i = net.count; i-- > 0;)
       if (net.nodes[i].outer.active && net.nodes[i].still)
         adjoint(i, frame, tangents, theta, {}, net.nodes[i].outer, grad, nullptr);
@@ -101,7 +104,8 @@ struct Passes {
                               const Wants& wants, T* grad, const Update<T>* update) const {
     OpCall<T> call = bind(i, frame, theta, pass);
     call.dy = adjoint_of(adjoints, call.node->op.output);
-    call.update = update;
+    for (int j = 0; j < 2; ++j)
+      if (update && call.node->updates[j]) call.step[j] = ParameterStep<T>(*update, call.node->op.param[j]);
     bind_wants(call, wants, adjoints, grad, pass, call.dx, call.dp);
     run_op(Role::kBackward, call);
     sync();

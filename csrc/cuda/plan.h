@@ -9,6 +9,8 @@
 
 namespace metaaug::cuda {
 
+inline constexpr int64_t kMostElements = int64_t{1} << 30;  // of anything of a task: they are counted in 32 bits
+
 // A place for so many elements, from a whole number of 16 bytes on.
 inline int64_t take(int64_t& total, int64_t elements) {
   const int64_t at = total;
@@ -137,8 +139,6 @@ class Network {
       for (int y = 0; y < op.kernel.y; ++y)
         for (int x = 0; x < op.kernel.x; ++x) body(channel, y * op.dilation.y, x * op.dilation.x);
   }
-
-  static constexpr int64_t kMostElements = int64_t{1} << 30;  // they are counted in 32 bits
 
   Program program_;
   std::vector<char> updated_;

@@ -31,7 +31,8 @@ class Task {
     }
     const T* last = theta(a.steps);
     if (a.out_flat) each(a.flat, [&](int i) { a.out_flat[task * a.flat + i] = last[i]; });
-    if (a.sums_displacement) each_parameter([&](int p, int i, int64_t at) { row[at] = last[at] - a.parameter[p][i]; });
+    for (int p = 0; a.sums_displacement && p < a.parameters; ++p)
+      each_of(p, [&](int i, int at) { row[at] = last[at] - a.parameter[p][i]; });
     T* const adjoint = a.reverse ? gradient : nullptr;
     if (adjoint) clear(adjoint, a.flat);
     if (a.has_query) judge(a.steps, adjoint);
@@ -60,14 +61,11 @@ class Task {
     each(size, [&](int i) { values[i] = T(0); });
   }
 
-  // Calls body(parameter, element, its place in theta); `with_updated`: also of parameters whose steps ops make.
+  // Calls body(element, its place in theta) for a parameter's.
   template <class Body>
-  METAAUG_DEVICE void each_parameter(const Body& body, bool with_updated = true) const {
-    for (int p = 0; p < a.parameters; ++p) {
-      if (!with_updated && a.rate_form[p] & kUpdatedByOp) continue;
-      const int64_t first = a.offsets[p];
-      each(a.offsets[p + 1] - first, [&](int i) { body(p, i, first + i); });
-    }
+  METAAUG_DEVICE void each_of(int p, const Body& body) const {
+    const int first = a.offset[p];
+    each(a.size(p), [&](int i) { body(i, first + i); });
   }
 
   METAAUG_DEVICE T* theta(int k) const { return path + (a.keep_path ? k : k % 2) * a.flat; }
@@ -182,8 +180,10 @@ class Task {
 
   METAAUG_DEVICE void start() {
     if (thread() == 0) a.failures[task] = {Failure::kNothing, 0, 0, 0};
-    each_parameter(
-        [&](int p, int i, int64_t at) { path[at] = a.initial ? a.initial[task * a.flat + at] : a.parameter[p][i]; });
+    for (int p = 0; p < a.parameters; ++p) {
+      const T* const from = a.initial ? a.initial + task * a.flat + a.offset[p] : a.parameter[p];
+      each_of(p, [&](int i, int at) { path[at] = from[i]; });
+    }
     if (second) {
       clear(directions, a.flat);
       clear(second, a.flat);
@@ -195,7 +195,7 @@ class Task {
 
   // Activations and adjoints of step k at theta_k, whose gradient goes to `update` or, where that may not be, to
   // `gradient`; without `update`, activations and adjoints once more. The loss is the first thread's.
-  METAAUG_DEVICE T evaluate(int k, const Update<T>* update) {
+  METAAUG_DEVICE METAAUG_NOINLINE T evaluate(int k, const Update<T>* update) {
     const Program& net = a.support;
     const Frame<T> f = slot(k);
     const Passes<T> run = passes(net);
@@ -222,24 +222,24 @@ class Task {
     T* const to = theta(k + 1);
     T* const direction = second ? directions : a.remembers ? this->direction(k) : nullptr;
     const T* const before = k > 0 && direction ? this->direction(k - 1) : nullptr;
-    const Update<T> update(a, k, theta(k), to, direction, before, second);
-    each_parameter(
-        [&](int p, int i, int64_t at) {
-          if (!a.rate[p]) to[at] = theta(k)[at];
+    const Update<T> update{a, k, theta(k), to, direction, before, second};
+    for (int p = 0; p < a.parameters; ++p)
+      if (!(a.rate_form[p] & kUpdatedByOp))
+        each_of(p, [&](int, int at) {
           gradient[at] = T(0);
-        },
-        false);
+          if (!a.rate[p]) to[at] = theta(k)[at];
+        });
     check(evaluate(k, &update), k, false);
-    each_parameter(
-        [&](int p, int i, int64_t at) {
-          if (a.rate[p]) update(p, i, gradient[at]);
-        },
-        false);
+    for (int p = 0; p < a.parameters; ++p)
+      if (a.rate[p] && !(a.rate_form[p] & kUpdatedByOp)) {
+        const ParameterStep<T> step(update, p);
+        each_of(p, [&](int i, int at) { step(i, gradient[at]); });
+      }
     check_all(update.finite, to, Failure::kWeight, k);
   }
 
   // The query pass after k steps. With `grad`, adds its share of dL/dtheta_k there.
-  METAAUG_DEVICE void judge(int k, T* grad) {
+  METAAUG_DEVICE METAAUG_NOINLINE void judge(int k, T* grad) {
     const T weight = a.step_weights && k > 0 ? a.step_weights[k - 1] : T(1);
     const bool is_last = k == a.steps;
     if (weight == T(0) && !is_last && !a.step_losses) return;
@@ -309,16 +309,19 @@ class Task {
     T* v = gradient;
     if (a.sums_rates) add_rate_gradients(k, v);
     const T decay = T(a.weight_decay), momentum = T(a.momentum);
-    each_parameter([&](int p, int i, int64_t at) {
-      if (!a.rate[p]) return;
-      T u = Update<T>::rate(a, p, k, i) * v[at];
-      if (carry) {
-        u += carry[at];
-        carry[at] = momentum * u;
-      }
-      if (tangent) tangent[at] = -u;
-      v[at] -= decay * u;
-    });
+    for (int p = 0; p < a.parameters; ++p) {
+      const Rates<T> rates(a, p, k);
+      if (!rates.values) continue;
+      each_of(p, [&](int i, int at) {
+        T u = rates[i] * v[at];
+        if (carry) {
+          u += carry[at];
+          carry[at] = momentum * u;
+        }
+        if (tangent) tangent[at] = -u;
+        v[at] -= decay * u;
+      });
+    }
     sync();
     if (!a.first_order) add_hessian_product(k);
   }
@@ -328,16 +331,16 @@ class Task {
     const T* m = direction(k);
     for (int p = 0; p < a.parameters; ++p) {
       if (!a.rate[p]) continue;
-      const int64_t first = a.offsets[p], size = a.offsets[p + 1] - first;
-      T* to = rate_row + a.rate_offset[p];
-      if (a.rate_form[p] & kPerElement) {
-        each(size, [&](int i) { to[Update<T>::rate_at(a, p, k, i)] -= v[first + i] * m[first + i]; });
+      const bool per_element = a.rate_form[p] & kPerElement;
+      T* const to = rate_row + a.rate_offset[p] + (a.rate_form[p] & kPerStep ? k * (per_element ? a.size(p) : 1) : 0);
+      if (per_element) {
+        each_of(p, [&](int i, int at) { to[i] -= v[at] * m[at]; });
       } else {
         T sum = 0;
-        each(size, [&](int i) { sum += v[first + i] * m[first + i]; });
+        each_of(p, [&](int, int at) { sum += v[at] * m[at]; });
         sum = sum_all(sum, sums);
+        if (thread() == 0) *to -= sum;
         sync();  // the next one's sums
-        if (thread() == 0) to[Update<T>::rate_at(a, p, k, 0)] -= sum;
       }
     }
   }

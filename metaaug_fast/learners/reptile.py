@@ -156,9 +156,9 @@ class Reptile(Learner):
         support = Support(x, y, rows=self._rows(x, y, self.inner_steps, self._generator))
         query = Query(tasks.query_x, tasks.query_y) if measure else None
         mean, output = adapt_tasks_mean(problem, support, query, self.backend)
-        for name, change in unpack(problem, mean).items():
-            if name in problem.rates:
-                problem.parameters[name].add_(change, alpha=self.meta_lr)
+        changes = unpack(problem, mean)
+        moved = [problem.parameters[name] for name in problem.rates]
+        torch._foreach_add_(moved, [changes[name] for name in problem.rates], alpha=self.meta_lr)  # one kernel on a GPU
         return output
 
     def _rows(self, x: Tensor, y: Tensor, steps: int, generator: torch.Generator) -> Tensor | None:

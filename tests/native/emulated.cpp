@@ -4,7 +4,7 @@
 
 namespace metaaug::cpu {
 
-void check(const Graph&) {}
+void check(const Graph& graph) { cuda::check(graph); }
 
 std::string instruction_set() { return "emulation"; }
 
@@ -20,6 +20,8 @@ template std::unique_ptr<Engine<double>> make_engine<double>(const Graph&);
 
 namespace metaaug::cuda {
 
+template std::unique_ptr<Engine<float>> make_engine<float>(const Graph&);
+template std::unique_ptr<Engine<double>> make_engine<double>(const Graph&);
 template void draw_episodes<float>(const Episodes<float>&, void*);
 template void draw_episodes<double>(const Episodes<double>&, void*);
 

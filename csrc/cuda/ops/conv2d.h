@@ -3,6 +3,7 @@
 #pragma once
 
 #include "conv2d_tiles.h"
+#include "linear.h"
 
 namespace metaaug::cuda {
 
@@ -51,49 +52,6 @@ struct Conv2d {
     return node.in[0].pixels() == 1 && op.kernel.y * op.kernel.x == 1 && op.padding.y == 0 && op.padding.x == 0;
   }
 
-  // A[m, k] or B[k, n] by its strides.
-  struct Strides {
-    int row, column;
-  };
-
-  // C[m, n] = start(n) + the sum of A B over the products, handed to store(m, n, value). A thread makes 2x2 of C, for
-  // twice the products of each value read. Neighbouring threads read B at neighbouring n; where these lie an even
-  // number of elements apart, each begins at another k, so that they do not all want the same bank of memory.
-  template <class Start, class Store>
-  METAAUG_DEVICE static void multiply(int rows, int columns, int depth, const Product<T>* products, int terms,
-                                      Strides a, Strides b, const Start& start, const Store& store) {
-    const int across = (columns + 1) / 2, down = (rows + 1) / 2;
-    each(down * across, [&](int tile) {
-      const int m = tile / across, n = tile - m * across;
-      const int m1 = m + down < rows ? m + down : m, n1 = n + across < columns ? n + across : n;
-      const int begin = b.column % 2 == 0 ? n % depth : 0;
-      T c00 = start(n), c01 = start(n1), c10 = c00, c11 = c01;
-      for (int term = 0; term < terms; ++term) {
-        const T *a0 = products[term].a + m * a.row, *a1 = products[term].a + m1 * a.row;
-        const T *b0 = products[term].b + n * b.column, *b1 = products[term].b + n1 * b.column;
-        int ka = begin * a.column, kb = begin * b.row;
-#if defined(__CUDACC__)
-#pragma unroll 4
-#endif
-        for (int left = depth, k = begin; left > 0; --left) {
-          const T x0 = a0[ka], x1 = a1[ka], y0 = b0[kb], y1 = b1[kb];
-          c00 += x0 * y0;
-          c01 += x0 * y1;
-          c10 += x1 * y0;
-          c11 += x1 * y1;
-          const bool wraps = ++k == depth;
-          k = wraps ? 0 : k;
-          ka = wraps ? 0 : ka + a.column;
-          kb = wraps ? 0 : kb + b.row;
-        }
-      }
-      store(m, n, c00);
-      if (n1 > n) store(m, n1, c01);
-      if (m1 > m) store(m1, n, c10);
-      if (m1 > m && n1 > n) store(m1, n1, c11);
-    });
-  }
-
   // y or, `tangent`, y_t: bias and the sum of inputs and weights.
   METAAUG_DEVICE static void convolve(const OpCall<T>& call, const Product<T>* products, int terms, const T* bias,
                                       bool tangent) {
@@ -102,13 +60,9 @@ struct Conv2d {
     const Shape &in = node.in[0], &out = node.out;
     const int pixels = out.pixels(), kernel = op.kernel.y * op.kernel.x;
     if (call.tiles.used) return Conv2dTiles<T>(call).convolve(products, terms, bias, tangent);
-    if (linear(node)) {
-      const int inputs = in.channels, outputs = out.channels;
-      return multiply(
-          call.images, outputs, inputs, products, terms, {inputs, 1}, {1, inputs},
-          [&](int o) { return value_or(bias, o, T(0)); },
-          [&](int n, int o, T value) { call.put_value(tangent, n * outputs + o, value); });
-    }
+    if (linear(node))
+      return Linear<T>::convolve(call.images, in.channels, out.channels, products, terms, bias,
+                                 [&](int n, int o, T value) { call.put_value(tangent, n * out.channels + o, value); });
     each(call.images * out.size(), [&](int i) {
       const int plane = node.by_out_pixels(i), pixel = node.by_out_pixels.rest(i, plane);
       const int n = plane / out.channels, o = plane - n * out.channels, row = node.by_out_width(pixel);
@@ -138,12 +92,10 @@ struct Conv2d {
     const Op& op = node.op;
     const Shape &in = node.in[0], &out = node.out;
     if (call.tiles.used) return Conv2dTiles<T>(call).convolve_back(products, terms, dx);
-    if (linear(node)) {
-      const int inputs = in.channels, outputs = out.channels;
-      return multiply(
-          call.images, inputs, outputs, products, terms, {outputs, 1}, {inputs, 1}, [](int) { return T(0); },
-          [&](int n, int c, T value) { call.put_adjoint(dx, 0, n * inputs + c, value); });
-    }
+    if (linear(node))
+      return Linear<T>::convolve_back(
+          call.images, in.channels, out.channels, products, terms,
+          [&](int n, int c, T value) { call.put_adjoint(dx, 0, n * in.channels + c, value); });
     const int kernel = op.kernel.y * op.kernel.x;
     each(call.images * in.size(), [&](int i) {
       const int plane = node.by_in_pixels(i), pixel = node.by_in_pixels.rest(i, plane);
@@ -174,12 +126,10 @@ struct Conv2d {
     const Op& op = node.op;
     const Shape &in = node.in[0], &out = node.out;
     if (call.tiles.used) return Conv2dTiles<T>(call).weight_gradient(products, terms, dw);
-    if (linear(node)) {
-      const int inputs = in.channels, outputs = out.channels;
-      return multiply(
-          outputs, inputs, call.images, products, terms, {1, outputs}, {inputs, 1}, [](int) { return T(0); },
-          [&](int o, int c, T value) { call.add_gradient(dw, 0, o * inputs + c, value); });
-    }
+    if (linear(node))
+      return Linear<T>::weight_gradient(
+          call.images, in.channels, out.channels, products, terms,
+          [&](int o, int c, T value) { call.add_gradient(dw, 0, o * in.channels + c, value); });
     const int kernel = op.kernel.y * op.kernel.x;
     each(out.channels * in.channels * kernel, [&](int i) {
       const int tap = i % kernel, c = i / kernel % in.channels, o = i / kernel / in.channels;

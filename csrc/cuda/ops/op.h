@@ -38,7 +38,7 @@ struct OpCall {
   const T* frozen[2] = {};  // mean, variance
   uint32_t key = 0;         // dropout
   TileRoom<T> tiles;
-  const Update<T>* update = nullptr;  // of a step, whose gradients go there
+  ParameterStep<T> step[2];  // what is done with a gradient instead of storing it
 
   METAAUG_DEVICE bool moves() const { return x_t[0] || x_t[1] || p_t[0] || p_t[1]; }
   METAAUG_DEVICE int size() const { return int(images * node->out.size()); }
@@ -59,8 +59,8 @@ struct OpCall {
 
   // Adds to an element of dp or dp_t, which is `to`, or makes the inner step with it.
   METAAUG_DEVICE void add_gradient(T* const* to, int j, int i, T value) const {
-    if (update && node->updates[j])
-      (*update)(node->op.param[j], i, value);
+    if (step[j])
+      step[j](i, value);
     else
       to[j][i] += value;
   }
