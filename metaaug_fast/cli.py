@@ -59,9 +59,9 @@ def _train(options: argparse.Namespace) -> int:
     else:
         run = recipes.settings(**given)
     out = options.out or options.resume or Path("runs") / f"{run.learner}-{run.data}.safetensors"
-    learner = recipes.make_learner(run)
-    episodes = {split: recipes.make_episodes(run, split, options.download) for split in recipes.SPLITS}
-    print(f"{run}; {torch.get_num_threads()} threads")
+    learner = recipes.make_learner(run, options.device)
+    episodes = {split: recipes.make_episodes(run, split, options.download, options.device) for split in recipes.SPLITS}
+    print(f"{run}; {_where(options.device)}")
     history = train(
         learner,
         episodes["train"],
@@ -80,8 +80,8 @@ def _train(options: argparse.Namespace) -> int:
     if history.stopped_by is not None:
         print(f"stopped by {history.stopped_by}; to go on: metaaug-fast train {run.learner} --resume {out}")
         return 128 + signal.Signals[history.stopped_by]
-    result = _test(run, learner, options.episodes, recipes.make_episodes(run, "test"))
-    _report(out.with_suffix(".json"), run, result, history)
+    result = _test(run, learner, options.episodes, episodes["test"])
+    _report(out.with_suffix(".json"), run, options.device, result, history)
     return 0
 
 
@@ -89,24 +89,25 @@ def _evaluate(options: argparse.Namespace) -> int:
     path, state = options.checkpoint, checkpoints.load(options.checkpoint)
     names = ("data", "root", "ways", "shots", "queries", "tasks", "split_styles", "test_steps")
     run = _settings_of(path, state)
-    learner = recipes.make_learner(run)
+    learner = recipes.make_learner(run, options.device)
     try:
         learner.load_state_dict(state["learner"])
     except RuntimeError as error:
         raise CheckpointError(f"{path} does not fit its model {run.model} ({' '.join(str(error).split())})") from error
     run = replace(run, **{name: value for name, value in vars(options).items() if name in names})
     print(f"{path}: {run}")
-    episodes = recipes.make_episodes(run, "test", options.download)
+    episodes = recipes.make_episodes(run, "test", options.download, options.device)
     result = _test(run, learner, options.episodes, episodes)
     if options.plot is not None:
         _plot(run, learner, result.steps, options.plot)
-    _report(options.report or path.with_suffix(".evaluation.json"), run, result)
+    _report(options.report or path.with_suffix(".evaluation.json"), run, options.device, result)
     return 0
 
 
 def _explain(options: argparse.Namespace) -> int:
     default = (1,) if options.model == "mlp" else (1, 28, 28)
-    print(explain(recipes.make_model(options.model), torch.randn(2, *(options.shape or default))))
+    model = recipes.make_model(options.model).to(options.device)
+    print(explain(model, torch.randn(options.samples, *(options.shape or default), device=options.device)))
     return 0
 
 
@@ -168,8 +169,9 @@ def _plot(run: Settings, learner: Learner, steps: int, path: Path) -> None:
     """The first episode, or the first sinusoids before adaptation, after one step and after all of them."""
     regression = run.data == "sinusoid"
     tasks = recipes.make_episodes(replace(run, queries=200) if regression else run, "test").batch(0)
+    there = tasks.to(next(learner.parameters()).device)
     curves = {
-        number: learner.adapt(tasks.support_x, tasks.support_y, steps=number)(tasks.query_x)
+        number: learner.adapt(there.support_x, there.support_y, steps=number)(there.query_x).cpu()
         for number in ({0, 1, steps} if regression else {steps})
     }
     if regression:
@@ -196,9 +198,12 @@ def _settings_of(path: Path, state: dict[str, Any]) -> Settings:
         raise CheckpointError(f"{path} was not written by metaaug-fast train ({error})") from error
 
 
-def _report(path: Path, run: Settings, result: Evaluation, history: History | None = None) -> None:
+def _report(
+    path: Path, run: Settings, device: torch.device, result: Evaluation, history: History | None = None
+) -> None:
     content: dict[str, Any] = {
         "versions": {"metaaug_fast": version("metaaug_fast"), "torch": torch.__version__},
+        "device": str(device),
         "threads": torch.get_num_threads(),
         "settings": run.as_dict(),
         "evaluation": result.as_dict(),
@@ -256,7 +261,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_explain)
     command.add_argument("--model", required=True, help=f"{', '.join(recipes.MODELS)}, or module:attribute")
     command.add_argument("--shape", type=_shape, help="of a sample (1,28,28; 1 for mlp)")
+    command.add_argument("--samples", type=_count, default=25, help="of a task, which matters on a GPU (25)")
     command.add_argument("--threads", type=_count)
+    _add_device_option(command)
 
     command = commands.add_parser("demo", help="train on letters for a few minutes, evaluate and draw")
     command.set_defaults(run=_demo)
@@ -298,6 +305,29 @@ def _add_episode_options(command: argparse.ArgumentParser) -> None:
 def _add_common_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--episodes", type=_count, default=600, help="to evaluate on (600)")
     command.add_argument("--threads", type=_count, help="(as many as torch takes)")
+    _add_device_option(command)
+
+
+def _add_device_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", type=_device, default=torch.device("cpu"), help="cpu, cuda, cuda:1, ... (cpu)")
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():
+        return torch.device("cuda", device.index or 0)
+    if device.type != "cpu":
+        raise argparse.ArgumentTypeError(
+            f"must be cpu or one of the GPUs that torch sees, {torch.cuda.device_count()} (got {text})"
+        )
+    return device
+
+
+def _where(device: torch.device) -> str:
+    return f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
 def _count(text: str) -> int:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from . import models
-from .data import Episodes, Glyphs, Omniglot, Sinusoids
+from .data import ClassImages, Episodes, Glyphs, Omniglot, Sinusoids
 from .learners.maml import MAML
 from .learners.reptile import Reptile
 
@@ -161,10 +161,10 @@ def make_model(name: str, ways: int = 5) -> nn.Module:
     return model
 
 
-def make_learner(run: Settings) -> MAML | Reptile:
+def make_learner(run: Settings, device: torch.device | str = "cpu") -> MAML | Reptile:
     """The learner with fresh weights, given by the seed."""
     torch.manual_seed(run.seed)
-    model = make_model(run.model, run.ways)
+    model = make_model(run.model, run.ways).to(device)
     loss = "mse" if run.data == "sinusoid" else "cross_entropy"
     if run.learner == "maml":
         return MAML(model, run.inner_lr, run.inner_steps, run.first_order, loss=loss)
@@ -179,18 +179,20 @@ def make_learner(run: Settings) -> MAML | Reptile:
     )
 
 
-def make_episodes(run: Settings, split: str, download: bool = False) -> Episodes:
-    """Episodes of a split: `"train"`, `"validation"` or `"test"`, of disjoint classes.
+def make_episodes(run: Settings, split: str, download: bool = False, device: torch.device | str = "cpu") -> Episodes:
+    """Episodes of a split: `"train"`, `"validation"` or `"test"`, of disjoint classes; images are drawn on the device.
 
     Raises:
         ValueError, OSError: the data set cannot be read, or is too small for such tasks.
     """
     if run.data == "glyphs":
-        dataset: Glyphs | Omniglot | Sinusoids = Glyphs(split=split)
+        dataset: ClassImages | Sinusoids = Glyphs(split=split)
     elif run.data == "omniglot":
         dataset = Omniglot(str(run.root), split=split, download=download)
     else:
         dataset = Sinusoids()
+    if isinstance(dataset, ClassImages) and torch.device(device).type != "cpu":
+        dataset = dataset.to(device)
     training = split == "train"
     return Episodes(
         dataset,

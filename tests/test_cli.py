@@ -182,6 +182,11 @@ BAD = [
     (["train", "maml", "--data", "sinusoid", "--model", "no.such:net"], "model 'no.such:net' cannot be imported"),
     (["train", "maml", "--resume", "absent.safetensors"], "no checkpoint at absent.safetensors"),
     (["evaluate", "absent.safetensors"], "no checkpoint at absent.safetensors"),
+    (
+        ["train", "maml", "--data", "sinusoid", "--device", "cuda:99"],
+        "--device: must be cpu or one of the GPUs",
+    ),
+    (["evaluate", "x", "--device", "tpu"], "GPUs that torch sees"),
     (["explain", "--model", "os:getcwd"], "must be an nn.Module or make one (got str)"),
     (["explain", "--model", "conv4", "--shape", "1,x"], "--shape: must be an integer >= 1 (got x)"),
     (["bench", "--workloads", "nope"], "workloads must be names or patterns of those that --list shows (got 'nope')"),
