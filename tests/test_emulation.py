@@ -75,7 +75,7 @@ def extension():
 def emulation(request, extension, monkeypatch):
     assert extension.instruction_set() == "emulation"
     monkeypatch.setattr(fused, "_C", extension)
-    monkeypatch.setenv("METAAUG_EMULATION_SHARED", str(request.param))
+    monkeypatch.setenv("METAAUG_SHARED_BYTES", str(request.param))
     if request.param == 9000:  # a step's activations are kept, and a task's gradient
         monkeypatch.setenv("METAAUG_KEEP_MIB", "0")
     return request.param

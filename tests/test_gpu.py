@@ -5,20 +5,28 @@ from dataclasses import replace
 
 import pytest
 import torch
-from exactness import assert_close, gradients, leaves
+from exactness import assert_close, errors, gradients, leaves
 from test_fused import cast, conv_sets, convolutional, executor_of, mlp, perceptron_sets, random_problem, run_all
+from torch import nn
 
 import metaaug_fast as mf
 from metaaug_fast import _C, reference
 from metaaug_fast.data import ClassImages
 from metaaug_fast.errors import NonFiniteError
-from metaaug_fast.problem import inner_problem
+from metaaug_fast.problem import Query, Support, inner_problem
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_numbers", "poisoned"),
     pytest.mark.skipif(not (torch.cuda.is_available() and _C.cuda), reason="no GPU, or a build without CUDA"),
 ]
-CASES = int(os.environ.get("METAAUG_GPU_CASES", "96"))
+CASES = int(os.environ.get("METAAUG_GPU_CASES", "48"))
+
+
+# Next to nothing in shared memory, so that teams of blocks go through global memory; some of it; or what there is.
+@pytest.fixture(params=[1 << 10, 20_000, None], ids="shared={}".format)
+def shared_bytes(request, monkeypatch):
+    if request.param is not None:
+        monkeypatch.setenv("METAAUG_SHARED_BYTES", str(request.param))
 
 
 @pytest.fixture
@@ -35,7 +43,7 @@ def on_gpu(problem, support, query, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("case", range(CASES))
-def test_random_networks(case):
+def test_random_networks(case, shared_bytes):
     """Losses, accuracy, adapted weights and every gradient."""
     on_cpu = random_problem(case)
     expected, inputs = reference.meta_loss(*on_cpu), leaves(*on_cpu)
@@ -52,9 +60,57 @@ def test_random_networks(case):
         assert_close({name: value.cpu() for name, value in found.items()}, wanted)
 
 
+@pytest.mark.parametrize("tasks", [1, 7, 300])
+def test_tiles_of_large_pictures(tasks):
+    """Conv4 with many channels, whose tasks do not fit in shared memory, by teams or one block each."""
+    model = nn.Sequential(conv_block(3, 20), conv_block(20, 70), nn.Flatten(), nn.Linear(70 * 16, 5)).double()
+    x, y = torch.randn(2, tasks, 5, 3, 17, 16, dtype=torch.float64), torch.randint(5, (2, tasks, 5))
+    on_cpu = inner_problem(model, 0.05, 2), Support(x[0].requires_grad_(), y[0]), Query(x[1], y[1])
+    got = run_all(*on_gpu(*on_cpu))
+    assert_close({name: value.cpu() for name, value in got.items()}, run_all(*on_cpu))
+
+
+def conv_block(inputs: int, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2))
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_tensor_cores(precision, monkeypatch):
+    """Factors are rounded, nothing else is; and float32 is float32."""
+    monkeypatch.setenv("METAAUG_SHARED_BYTES", "1024")
+    single = cast(torch.float32, inner_problem(convolutional(width=40), 0.1, 2), *conv_sets())
+    expected = run_all(*cast(torch.float64, *single))
+    moved = on_gpu(*single, dtype=torch.float32)
+    exact, got = (
+        {name: value.double().cpu() for name, value in run_all(replace(moved[0], precision=each), *moved[1:]).items()}
+        for each in ("float32", precision)
+    )
+    roundoff = {"tf32": 2.0**-11, "bf16": 2.0**-9}[precision]
+    assert_close(exact, expected, 600 * torch.finfo(torch.float32).eps)
+    assert_close(got, expected, 36 * roundoff)
+    assert max(errors(got, expected).values()) > roundoff / 4
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_tensor_cores_multiply_small_integers_exactly(precision, monkeypatch):
+    monkeypatch.setenv("METAAUG_SHARED_BYTES", "1024")
+    for channels, outputs, size, stride in ((3, 64, 9, 1), (33, 70, 6, 2), (64, 5, 4, 1)):
+        model = nn.Conv2d(channels, outputs, 3, stride, padding=1).cuda()
+        problem = inner_problem(model, 0.1, 0)
+        weights = sum(value.numel() for value in model.parameters())
+        flat = torch.randint(-2, 3, (4, weights), device="cuda").float().requires_grad_()
+        x = torch.randint(-2, 3, (4, 3, channels, size, size), device="cuda").float().requires_grad_()
+        executor, results = executor_of(problem, x), []
+        for each in ("float32", precision):
+            got = executor.predict(replace(problem, precision=each), flat, x)
+            share = torch.arange(got.numel(), device="cuda").view_as(got) % 5 - 2.0
+            results.append([got, *torch.autograd.grad(got, (flat, x), share)])
+        assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("steps", [1, 3, 5])
 @pytest.mark.parametrize("kind", ["perceptron", "convolutional"])
-def test_single_precision(kind, steps):
+def test_single_precision(kind, steps, shared_bytes):
     model, sets = (mlp(), perceptron_sets()) if kind == "perceptron" else (convolutional(), conv_sets())
     single = cast(torch.float32, inner_problem(model, 0.1, steps), *sets)
     expected = run_all(*cast(torch.float64, *single))
@@ -84,6 +140,26 @@ def test_a_meta_step_does_not_wait_for_the_gpu():
         executor.meta_loss(problem, support, query).loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("net", ["mlp", "conv4"])
+def test_a_learners_training_step_does_not_wait_for_the_gpu(net):
+    """Episodes drawn there, the meta-loss, its gradient and the optimizer's step."""
+    conv = net == "conv4"
+    images = ClassImages.from_arrays(torch.randint(256, (200, 28, 28)).byte(), torch.arange(200) % 10).to("cuda")
+    episodes = mf.data.Episodes(images, ways=5, tasks=4)
+    model = mf.models.conv4(ways=5) if conv else nn.Sequential(nn.Flatten(), nn.Linear(784, 5))
+    maml = mf.MAML(model.cuda(), 0.1, 2)
+    optimizer = torch.optim.Adam(maml.parameters(), 1e-3, fused=True)
+    for step in range(3):
+        torch.cuda.set_sync_debug_mode("error" if step == 2 else "default")
+        try:
+            optimizer.zero_grad()
+            maml(next(episodes)).loss.backward()
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert "fused engine (CUDA), " in str(mf.explain(model, torch.zeros(5, 1, 28, 28, device="cuda")))
 
 
 def test_a_meta_step_can_be_captured_in_a_graph():

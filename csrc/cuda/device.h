@@ -1,6 +1,8 @@
 // The host's side of a GPU: memory, copies, launches. Without nvcc, that of tests/native/emulation.h.
 #pragma once
 
+#include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
@@ -10,6 +12,12 @@
 #include "block.h"
 
 namespace metaaug::cuda {
+
+// What a block may have of shared memory: METAAUG_SHARED_BYTES can make it less, for tests of what then happens.
+inline int64_t shared_bytes_of(int64_t most) {
+  const char* asked = std::getenv("METAAUG_SHARED_BYTES");
+  return asked ? std::min<int64_t>(std::strtoll(asked, nullptr, 10), most) : most;
+}
 
 #if defined(__CUDACC__)
 inline void check(cudaError_t error) {
@@ -27,7 +35,7 @@ struct Limits {
     check(cudaDeviceGetAttribute(&values[0], cudaDevAttrMultiProcessorCount, device));
     check(cudaDeviceGetAttribute(&values[1], cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     check(cudaDeviceGetAttribute(&values[2], cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
-    return {values[0], values[1] - kStatic, values[2]};
+    return {values[0], shared_bytes_of(values[1] - kStatic), values[2]};
   }
 };
 
@@ -87,11 +95,12 @@ inline void clear(void* memory, size_t bytes, void* stream) {
 }
 #else
 struct Limits {
+  static constexpr int64_t kMostShared = 400 << 10;
   int multiprocessors = 6;
   int64_t shared_bytes = 0, shared_bytes_of_all = 0;
 
   static Limits of_current_device() {
-    const int64_t bytes = emulation::shared_bytes();
+    const int64_t bytes = shared_bytes_of(kMostShared);
     return {6, bytes, bytes};
   }
 };

@@ -251,11 +251,6 @@ void run(int teams, int members, int threads, size_t shared_bytes, const std::fu
   for (machine.team = 0; machine.team < teams; ++machine.team) run_team(generator);
 }
 
-int64_t shared_bytes() {
-  const char* asked = std::getenv("METAAUG_EMULATION_SHARED");
-  return asked ? std::strtoll(asked, nullptr, 10) : 64 << 10;
-}
-
 int thread() { return machine.current % machine.threads; }
 int threads() { return machine.threads; }
 int member() { return machine.current / machine.threads; }

@@ -14,9 +14,6 @@ namespace metaaug::cuda::emulation {
 // from METAAUG_EMULATION_SEED, or are others in each process.
 void run(int teams, int members, int threads, size_t shared_bytes, const std::function<void()>& kernel);
 
-// Bytes of shared memory that a block may have: METAAUG_EMULATION_SHARED, or 64 KiB.
-int64_t shared_bytes();
-
 int thread();
 int threads();
 int member();

@@ -71,22 +71,79 @@ void check_emulation() {
   for (const int threads : {32, 96, 256})
     for (const int members : {1, 3}) {
       const int all = members * threads;
-      std::vector<double> sums(all), votes(all), scratch(all / 32), local(all);
+      std::vector<double> sums(all), votes(all), scratch(all / 32 * 2), local(all);
       cuda::emulation::run(1, members, threads, 8 * threads, [&] {
         const int i = cuda::thread();
         double* shared = reinterpret_cast<double*>(cuda::shared_memory());
         shared[cuda::block_thread()] = i;
         if (cuda::member() != 1) cuda::block_sync();  // a block's own barrier is no other's
         if (cuda::member() != 1) local[i] = shared[threads - 1 - cuda::block_thread()];
-        sums[i] = cuda::sum_all(double(i), scratch.data()) + 1e6 * cuda::sum_all(1.0, scratch.data());
+        sums[i] = cuda::sum_all(double(i), scratch.data());
+        sums[i] += 1e6 * cuda::sum_all(1.0, scratch.data() + all / 32);
         votes[i] = cuda::sync_or(i == 17) + 2 * cuda::sync_or(false);
       });
       for (int i = 0; i < all; ++i) {
-        CHECK(sums[i] == all * (all - 1) / 2 + 1e6 * all, "a sum of %g", sums[i]);
+        CHECK(sums[i] == (i == 0 ? all * (all - 1) / 2 + 1e6 * all : 0), "a sum of %g", sums[i]);
         CHECK(votes[i] == 1, "votes of %g", votes[i]);
         if (i / threads != 1) CHECK(local[i] == i / threads * threads + threads - 1 - i % threads, "%g", local[i]);
       }
     }
+}
+
+// --- what stands alone ----------------------------------------------------------------------------------------------
+
+void check_divide() {
+  for (int i = 0; i < 2000; ++i) {
+    const int divisor = integer(1, i < 1000 ? 300 : 1 << 20);
+    const cuda::Divide divide(divisor);
+    for (const int n : {0, divisor - 1, divisor, integer(0, 1 << 16), integer(0, 0x7fffffff), 0x7fffffff}) {
+      CHECK(divide(n) == n / divisor, "%d / %d is not %d", n, divisor, divide(n));
+      CHECK(divide.rest(n, divide(n)) == n % divisor, "%d %% %d", n, divisor);
+    }
+  }
+}
+
+// Every image is full of its own number: images of a class are drawn without repetition, and copied whole.
+void check_episodes() {
+  const int classes = integer(2, 9), per_class = 4, size = integer(1, 40), tasks = integer(1, 5);
+  Vector images(classes * per_class * size);
+  for (size_t i = 0; i < images.size(); ++i) images[i] = double(i / size);
+  std::vector<int64_t> first(classes), sizes(classes, per_class);
+  for (int c = 0; c < classes; ++c) first[c] = c * per_class;
+  cuda::Episodes<double> e;
+  e.images = images.data();
+  e.pixel = cuda::Pixel::kDouble;
+  e.sample = size;
+  e.classes = classes;
+  e.first = first.data();
+  e.sizes = sizes.data();
+  e.key = generator();
+  e.tasks = tasks;
+  e.ways = integer(1, classes);
+  e.shots = integer(1, 3);
+  e.queries = per_class - e.shots;
+  Vector x[2] = {Vector(tasks * e.ways * e.shots * size), Vector(tasks * e.ways * e.queries * size)};
+  std::vector<int64_t> y[2] = {std::vector<int64_t>(tasks * e.ways * e.shots),
+                               std::vector<int64_t>(tasks * e.ways * e.queries)};
+  e.support_x = x[0].data();
+  e.query_x = x[1].data();
+  e.support_y = y[0].data();
+  e.query_y = y[1].data();
+  cuda::draw_episodes(e, nullptr);
+  for (int task = 0; task < tasks; ++task) {
+    std::map<int, int> drawn, class_of_way;
+    for (int set = 0; set < 2; ++set) {
+      const int count = e.ways * (set ? e.queries : e.shots);
+      for (int i = task * count; i < (task + 1) * count; ++i) {
+        const double* image = &x[set][int64_t{i} * size];
+        CHECK(std::all_of(image, image + size, [&](double v) { return v == image[0]; }), "an image in parts");
+        ++drawn[int(image[0])];
+        const int way = int(y[set][i]), c = int(image[0]) / per_class;
+        CHECK(class_of_way.emplace(way, c).first->second == c, "way %d is of two classes", way);
+      }
+    }
+    CHECK(int(drawn.size()) == e.ways * per_class && int(class_of_way.size()) == e.ways, "images repeat");
+  }
 }
 
 // --- the engine -----------------------------------------------------------------------------------------------------
@@ -96,7 +153,7 @@ void check_everything(const Problem& p) {
   const Values<double> expected = run(p, *cpu::make_engine<double>(p.graph));
   const Values<double> exact = run(single, *cpu::make_engine<double>(p.graph));
   for (const char* shared : {"1024", "9000", "200000"}) {  // next to nothing there, some of it, or all
-    setenv("METAAUG_EMULATION_SHARED", shared, 1);
+    setenv("METAAUG_SHARED_BYTES", shared, 1);
     Emulated<double> engine(p.graph);
     const Values<double> found = run(p, engine);
     CHECK_CLOSE(found, expected, 1e-9);
@@ -129,6 +186,8 @@ int main(int count, char** arguments) {
   std::fflush(stdout);
   generator.seed(seed);
   check_emulation();
+  check_divide();
+  for (int i = 0; i < 20; ++i) check_episodes();
   for (int i = 0; i < graphs; ++i) {
     const Problem p = any_problem(i, i == 0 ? 7 : integer(1, 3));
     check_everything(p);
