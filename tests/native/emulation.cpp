@@ -163,10 +163,12 @@ void run_team(std::mt19937& generator) {
     fiber.state = State::kReady;
     order[i] = int(i);
   }
+  std::vector<char> sleeps(machine.members);  // so that blocks get far ahead of each other
   while (!all(0, machine.fibers.size(), State::kEnded)) {
     std::shuffle(order.begin(), order.end(), generator);
+    for (char& each : sleeps) each = machine.members > 1 && generator() % 4 == 0 ? !each : each;
     for (int i : order) {
-      if (machine.fibers[i].state != State::kReady) continue;
+      if (machine.fibers[i].state != State::kReady || sleeps[i / machine.threads]) continue;
       machine.current = i;
       enter(machine.fibers[i]);
     }
