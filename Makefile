@@ -76,11 +76,12 @@ test: lint
 
 # With the interpreter that has a CUDA build of torch: a machine with a GPU may have no network for an environment of ours.
 test-gpu:
-	METAAUG_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
+	arch=$$($(PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())'); \
+	    METAAUG_CUDA=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-$$arch} $(PYTHON) setup.py -q build_ext --inplace
 	PYTHONPATH=. $(PYTHON) -m pytest -q tests/test_gpu.py
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --seconds 180 $(if $(OUT),--out $(OUT))
 	METAAUG_GPU_CASES=6 PYTHONPATH=. compute-sanitizer --tool memcheck --error-exitcode 1 --quiet $(PYTHON) -m pytest -q tests/test_gpu.py -k networks
 	METAAUG_GPU_CASES=6 PYTHONPATH=. compute-sanitizer --tool racecheck --error-exitcode 1 --quiet $(PYTHON) -m pytest -q tests/test_gpu.py -k networks
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(if $(OUT),--out $(OUT))
 
 # A build for CUDA needs no GPU, and neither does importing it.
 cuda-link:
