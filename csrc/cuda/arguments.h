@@ -9,27 +9,22 @@
 
 namespace metaaug::cuda {
 
-// A buffer of a task: in its block's shared memory or in its team's part of the workspace, so many elements from the
-// start.
-struct Region {
-  int64_t at = -1;
-  bool shared = false;
-};
-
+// Where each buffer of a task begins, in elements; -1: nowhere. Either all are in shared memory or all in the
+// workspace, and then products go through tiles at the start of shared memory.
 struct Regions {
-  bool tiles = false;  // whether products go through tiles, at the start of shared memory
-  Region partials;     // of tiles that several blocks share
-  Region sums;         // of sum_all, twice
-  Region path;         // theta_0, and theta_k after each step, or in turns
-  Region gradient;     // of a step, as far as it is not used where it is found; then the adjoint
-  Region tangent;      // the direction of a Hessian-vector product
-  Region directions;   // m_k of all steps or the last; Adam's first moment
-  Region second;       // Adam's second moment
-  Region carry;        // momentum's adjoint
-  Region input, still, carried;
-  Region slots;      // frames of the kept steps, one behind the other
-  Region tangents;   // the tangent's frame; at other times the query's
-  int64_t slot = 0;  // elements of one frame
+  bool in_workspace = false;
+  int64_t partials = -1;    // of tiles that several blocks share
+  int64_t sums = -1;        // of sum_all, twice
+  int64_t path = -1;        // theta_0, and theta_k after each step, or in turns
+  int64_t gradient = -1;    // of a step, as far as it is not used where it is found; then the adjoint
+  int64_t tangent = -1;     // the direction of a Hessian-vector product
+  int64_t directions = -1;  // m_k of all steps or the last; Adam's first moment
+  int64_t second = -1;      // Adam's second moment
+  int64_t carry = -1;       // momentum's adjoint
+  int64_t input = -1, still = -1, carried = -1;
+  int64_t slots = -1;     // frames of the kept steps, one behind the other
+  int64_t tangents = -1;  // the tangent's frame; at other times the query's
+  int64_t slot = 0;       // elements of one frame
   int slots_kept = 0;
 };
 

@@ -93,7 +93,7 @@ METAAUG_DEVICE const T* in_shared(const T* pointer) {
 }
 
 METAAUG_DEVICE inline char* shared_memory() {
-  extern __shared__ double memory[];
+  extern __shared__ __align__(16) double memory[];
   return reinterpret_cast<char*>(memory);
 }
 

@@ -36,8 +36,10 @@ class Executor final : public Engine<T> {
     const int chunk = int(std::clamp<int64_t>(kept_bytes() / row_bytes, 1, call.tasks));
     const Teams teams = plan_teams(a, chunk);
     a.regions = teams.layout.regions;
-    a.workspace_size = teams.layout.workspace;
-    a.workspace = allocate(resources, teams.count * teams.layout.workspace);
+    if (a.regions.in_workspace) {
+      a.workspace_size = teams.layout.size;
+      a.workspace = allocate(resources, teams.count * teams.layout.size);
+    }
     const size_t states_size = teams.count * sizeof(TeamState);
     if (teams.members > 1) a.team_states = static_cast<TeamState*>(resources.allocate(int64_t(states_size)));
     a.rows_out = allocate(resources, chunk * a.row_size);
@@ -75,8 +77,7 @@ class Executor final : public Engine<T> {
     call.support.count = call.query.count = samples;
     call.support.x = call.query.x = &something;
     call.grad_parameters = &result;
-    const Layout layout = Layout::in_shared_memory(arguments(call), kMostElements, 1);
-    return {layout.shared * int64_t(sizeof(T)), limits_.shared_bytes};
+    return {Layout(arguments(call), 1, 0).size * int64_t(sizeof(T)), limits_.shared_bytes};
   }
 
  private:
@@ -189,30 +190,25 @@ class Executor final : public Engine<T> {
     int64_t shared_bytes = 0;
   };
 
-  // A block takes a task whose buffers fit in its shared memory. Where they do not, they lie in the workspace; with
-  // fewer tasks than blocks that can be at work, two on a multiprocessor, a team of blocks takes a task.
+  // A block takes a task whose buffers fit in its shared memory; the more tasks there are, the more blocks are to fit
+  // on a multiprocessor. Larger ones are in the workspace, and where blocks are idle a team of them takes a task.
   Teams plan_teams(const Arguments<T>& a, int tasks) const {
     Teams teams;
     const int processors = limits_.multiprocessors;
-    const auto elements = [](int64_t bytes) { return bytes / int64_t(sizeof(T)); };
-    const auto use = [&](const Layout& layout) {
-      teams.layout = layout;
-      teams.shared_bytes = layout.shared * int64_t(sizeof(T));
-    };
     teams.count = std::min(tasks, kMostTeams);
     for (int together = std::clamp(tasks / processors, 1, kMostTogether); together > 0; --together) {
       const int64_t share = std::min(limits_.shared_bytes, limits_.shared_bytes_of_all / together - kReserved);
-      const int kept = slots(a, std::min(teams.count, processors * together));
-      use(Layout::in_shared_memory(a, elements(share), kept));
-      if (teams.layout.workspace == 0) return teams;
+      for (int kept = slots(a, std::min(teams.count, processors * together)); kept > 0; --kept) {
+        teams.layout = Layout(a, kept, 0);
+        teams.shared_bytes = teams.layout.size * int64_t(sizeof(T));
+        if (teams.shared_bytes <= share) return teams;
+      }
     }
-    const int64_t half = std::min(limits_.shared_bytes, limits_.shared_bytes_of_all / 2 - kReserved);
-    use(Layout::with_tiles(a, 1, elements(half), slots(a, std::min(tasks, 2 * processors))));
-    const int alone = std::max(resident(limits_, run_tasks<T>, teams.shared_bytes), 1);
-    const int blocks = std::max(resident(limits_, run_tasks<T>, kTileShared * int64_t(sizeof(T))), 1);
-    teams.members = std::min(blocks / std::min(teams.count, blocks), kMostMembers);
-    teams.count = std::min(teams.count, teams.members > 1 ? blocks : alone);
-    if (teams.members > 1) use(Layout::with_tiles(a, teams.members, 0, slots(a, teams.count)));
+    teams.shared_bytes = kTileShared * int64_t(sizeof(T));
+    const int blocks = std::max(resident(limits_, run_tasks<T>, teams.shared_bytes), 1);
+    teams.count = std::min(teams.count, blocks);
+    teams.members = std::min(blocks / teams.count, kMostMembers);
+    teams.layout = Layout(a, slots(a, teams.count), teams.members);
     return teams;
   }
 

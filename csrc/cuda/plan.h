@@ -121,14 +121,13 @@ class Network {
     const Op& op = node.op;
     const Shape &in = node.in[0], &out = node.out;
     node.taps = taps_.data() + taps.size();
-    each_tap(op, in, [&](int channel, int y, int x) {
-      taps.push_back({channel * in.pixels() + y * in.width + x, short(y), short(x)});
-    });
+    each_tap(op, in,
+             [&](int channel, int y, int x) { taps.push_back({channel * in.pixels() + y * in.width + x, y, x}); });
     taps.insert(taps.end(), kTapsBehind, Tap());
     node.taps_back = taps_.data() + taps.size();
     const bool unit = op.stride.y == 1 && op.stride.x == 1;
     each_tap(op, out, [&](int channel, int y, int x) {
-      taps.push_back({channel * out.pixels() - (unit ? y * out.width + x : 0), short(-y), short(-x)});
+      taps.push_back({channel * out.pixels() - (unit ? y * out.width + x : 0), -y, -x});
     });
     taps.insert(taps.end(), kTapsBehind, Tap());
   }
@@ -147,56 +146,30 @@ class Network {
   Array<Place, DeviceMemory> places_;
 };
 
-// Where a task's buffers lie: in shared memory, or what is used most often there and the rest in the workspace.
+// Where a task's buffers lie: from the start of its block's shared memory, or of its team's part of the workspace.
 struct Layout {
   Regions regions;
-  int64_t shared = 0, workspace = 0;  // elements
+  int64_t size = 0;  // elements
 
-  // Everything in shared memory, with frames for as many steps as fit: at least one, at most `most_slots`. Elements in
-  // `workspace` say that not even this fits.
+  // With frames for so many steps. `members` > 0: for teams of so many blocks, in the workspace.
   template <class T>
-  static Layout in_shared_memory(const Arguments<T>& a, int64_t shared_limit, int most_slots) {
-    Layout layout = of(a, 1, shared_limit, most_slots, false);
-    for (int slots = most_slots - 1; slots > 0 && layout.workspace > 0; --slots)
-      layout = of(a, 1, shared_limit, slots, false);
-    return layout;
-  }
-
-  // For teams of so many blocks: tiles in shared memory, and of the rest what fits there.
-  template <class T>
-  static Layout with_tiles(const Arguments<T>& a, int members, int64_t shared_limit, int slots) {
-    return of(a, members, shared_limit, slots, true);
-  }
-
-  // Elements of a frame: values, adjoints, what ops and the loss save, and its own input.
-  static int64_t frame(const Program& p, LossKind loss, bool input) {
-    const int64_t probabilities = loss == LossKind::kCrossEntropy ? p.images * p.result.size() : 0;
-    return (p.values + p.adjoints + p.saved + probabilities + (input ? p.input : 0) + 3) / 4 * 4;
-  }
-
- private:
-  template <class T>
-  static Layout of(const Arguments<T>& a, int members, int64_t shared_limit, int slots, bool tiles) {
-    Layout layout;
-    Regions& r = layout.regions;
-    const auto put = [&](Region& region, int64_t size, bool wanted) {
-      if (!wanted) return;
-      region.shared = layout.shared + size <= shared_limit;
-      region.at = take(region.shared ? layout.shared : layout.workspace, size);
+  Layout(const Arguments<T>& a, int slots, int members) {
+    Regions& r = regions;
+    const auto put = [&](int64_t& region, int64_t elements, bool wanted) {
+      if (wanted) region = take(size, elements);
     };
     const Program& support = a.support;
     const bool second_order = a.has_support && a.reverse && !a.first_order, adam = a.optimizer == OptimizerKind::kAdam;
     const int64_t tangents = second_order ? support.values + support.adjoints + support.tangents_saved : 0;
     const int64_t query = a.has_query ? frame(a.query, a.loss, true) : 0;
+    r.in_workspace = members > 0;
     r.slots_kept = slots;
     r.slot = a.has_support ? frame(support, a.loss, a.rows != nullptr) : 0;
-    r.tiles = tiles;
-    if (tiles) layout.shared = kTileShared;
-    put(r.sums, 2 * members * kThreads / kWarp, true);
+    put(r.sums, 2 * std::max(members, 1) * kThreads / kWarp, true);
     put(r.gradient, a.flat, true);
     put(r.tangent, a.flat, second_order);
     put(r.slots, slots * r.slot, a.has_support);
-    put(r.tangents, tangents > query ? tangents : query, true);
+    put(r.tangents, std::max(tangents, query), true);
     put(r.input, support.input, a.has_support && !a.rows);
     put(r.path, (a.keep_path || a.steps == 0 ? a.steps + 1 : 2) * a.flat, true);
     put(r.carry, a.flat, a.reverse && a.momentum != 0);
@@ -204,8 +177,14 @@ struct Layout {
     put(r.second, a.flat, adam);
     put(r.still, support.still, support.still > 0);
     put(r.carried, support.carried, second_order && support.carried > 0);
-    if (members > 1) r.partials = {take(layout.workspace, int64_t{members} * kTilePartials), false};
-    return layout;
+    put(r.partials, int64_t{members} * kTilePartials, members > 1);
+  }
+
+  Layout() = default;
+
+  // Elements of a frame: values, adjoints, what ops and the loss save, and its own input.
+  static int64_t frame(const Program& p, LossKind loss, bool input) {
+    return (p.values + p.adjoints + p.saved + p.probabilities(loss) + (input ? p.input : 0) + 3) / 4 * 4;
   }
 };
 

@@ -16,9 +16,17 @@ struct Place {
 // What one weight of a convolution reads: from a window's first pixel so many elements on, so many rows and columns in.
 // On the way back it is an output channel's tap, so many rows and columns before; where the stride is not 1, the offset
 // is the channel's alone. By default beyond every picture.
-struct alignas(8) Tap {
-  int offset = 0;
-  short y = 1 << 14, x = 1 << 14;
+class alignas(8) Tap {
+ public:
+  Tap() : Tap(0, 1 << 14, 1 << 14) {}
+  Tap(int offset, int y, int x) : offset(offset), place_(int(uint32_t(y) << 16 | (uint32_t(x) & 0xffff))) {}
+  METAAUG_HD int y() const { return place_ >> 16; }
+  METAAUG_HD int x() const { return short(place_); }
+
+  int offset;
+
+ private:
+  int place_;  // y and x: a GPU reads whole words
 };
 
 // So many of the latter are behind the taps of an op, for the last tile.
@@ -48,6 +56,11 @@ struct Program {
   bool output_moves = false;
   Shape sample, result;
   int64_t input = 0, values = 0, adjoints = 0, saved = 0, tangents_saved = 0, still = 0, carried = 0;  // elements
+
+  // What the loss keeps beside that.
+  METAAUG_HD int64_t probabilities(LossKind loss) const {
+    return loss == LossKind::kCrossEntropy ? (images * result.size() + 3) / 4 * 4 : 0;
+  }
 };
 
 }  // namespace metaaug::cuda

@@ -51,10 +51,10 @@ class Task {
   }
 
  private:
-  METAAUG_DEVICE T* place(const Region& region) const {
-    if (region.at < 0) return nullptr;
-    return region.shared ? reinterpret_cast<T*>(shared_memory()) + region.at
-                         : a.workspace + team() * a.workspace_size + region.at;
+  METAAUG_DEVICE T* place(int64_t region) const {
+    if (region < 0) return nullptr;
+    return (a.regions.in_workspace ? a.workspace + team() * a.workspace_size : reinterpret_cast<T*>(shared_memory())) +
+           region;
   }
 
   METAAUG_DEVICE static void clear(T* values, int64_t size) {
@@ -73,7 +73,7 @@ class Task {
   METAAUG_DEVICE bool kept(int k) const { return k >= a.steps - a.regions.slots_kept; }
   METAAUG_DEVICE Pass pass(int index, int step) const { return {step, a.seed, uint32_t(task), uint32_t(index)}; }
   METAAUG_DEVICE Passes<T> passes(const Program& net) const {
-    return {net, a.frozen, {a.regions.tiles, place(a.regions.partials), a.precision}};
+    return {net, a.frozen, {a.regions.in_workspace, place(a.regions.partials), a.precision}};
   }
 
   METAAUG_DEVICE Frame<T> frame(T* memory, const Program& net) const {
@@ -81,7 +81,7 @@ class Task {
     f.values = memory;
     f.adjoints = f.values + net.values;
     f.saved = f.adjoints + net.adjoints;
-    f.input = f.saved + net.saved + probabilities_size(net);
+    f.input = f.saved + net.saved + net.probabilities(a.loss);
     return f;
   }
 
@@ -101,9 +101,6 @@ class Task {
     return f;
   }
 
-  METAAUG_DEVICE int64_t probabilities_size(const Program& net) const {
-    return a.loss == LossKind::kCrossEntropy ? net.images * net.result.size() : 0;
-  }
   METAAUG_DEVICE static T* probabilities(const Program& net, const Frame<T>& f) { return f.saved + net.saved; }
 
   METAAUG_DEVICE LossPlan<T> loss(const Program& net) const {

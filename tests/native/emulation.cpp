@@ -167,11 +167,14 @@ void run_team(std::mt19937& generator) {
   while (!all(0, machine.fibers.size(), State::kEnded)) {
     std::shuffle(order.begin(), order.end(), generator);
     for (char& each : sleeps) each = machine.members > 1 && generator() % 4 == 0 ? !each : each;
+    bool any = false;
     for (int i : order) {
       if (machine.fibers[i].state != State::kReady || sleeps[i / machine.threads]) continue;
+      any = true;
       machine.current = i;
       enter(machine.fibers[i]);
     }
+    if (!any) std::fill(sleeps.begin(), sleeps.end(), 0);  // the others wait for them
     release_warps();
     release_barriers();
     check_progress();

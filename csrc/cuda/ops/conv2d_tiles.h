@@ -39,7 +39,7 @@ struct AtTap {
   int height, width;
   template <class T>
   METAAUG_DEVICE T operator()(const T* x, const Window& w, const Tap& t) const {
-    const bool inside = (unsigned(w.y + t.y) < unsigned(height)) & (unsigned(w.x + t.x) < unsigned(width));
+    const bool inside = (unsigned(w.y + t.y()) < unsigned(height)) & (unsigned(w.x + t.x()) < unsigned(width));
     return inside ? x[w.first + t.offset] : T(0);
   }
   template <class T>
@@ -54,7 +54,7 @@ struct AtTapOfStride {
   Divide by_y, by_x;
   template <class T>
   METAAUG_DEVICE T operator()(const T* dy, const Window& w, const Tap& t) const {
-    const int from_y = w.y + t.y, from_x = w.x + t.x;
+    const int from_y = w.y + t.y(), from_x = w.x + t.x();
     const int y = by_y(from_y < 0 ? 0 : from_y), x = by_x(from_x < 0 ? 0 : from_x);
     const bool inside = (from_y >= 0) & (from_x >= 0) & (y < height) & (x < width) & (by_y.rest(from_y, y) == 0) &
                         (by_x.rest(from_x, x) == 0);

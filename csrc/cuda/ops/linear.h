@@ -12,7 +12,7 @@ struct Linear {
   template <class Store>
   METAAUG_DEVICE static void convolve(int images, int inputs, int outputs, const Product<T>* products, int terms,
                                       const T* bias, const Store& store) {
-    if (!aligned(products, terms, inputs, inputs))
+    if (!by_fours(products, terms, inputs, true))
       return multiply(
           images, outputs, inputs, products, terms, {inputs, 1}, {1, inputs},
           [&](int o) { return value_or(bias, o, T(0)); }, store);
@@ -42,7 +42,7 @@ struct Linear {
   template <class Store>
   METAAUG_DEVICE static void convolve_back(int images, int inputs, int outputs, const Product<T>* products, int terms,
                                            const Store& store) {
-    if (!aligned(products, terms, 4, inputs))
+    if (!by_fours(products, terms, inputs, false))
       return multiply(
           images, inputs, outputs, products, terms, {outputs, 1}, {inputs, 1}, [](int) { return T(0); }, store);
     const int across = inputs / 4;
@@ -68,7 +68,7 @@ struct Linear {
   template <class Store>
   METAAUG_DEVICE static void weight_gradient(int images, int inputs, int outputs, const Product<T>* products, int terms,
                                              const Store& store) {
-    if (!aligned(products, terms, 4, inputs))
+    if (!by_fours(products, terms, inputs, false))
       return multiply(
           outputs, inputs, images, products, terms, {1, outputs}, {inputs, 1}, [](int) { return T(0); }, store);
     const int across = inputs / 4, down = (outputs + 1) / 2;
@@ -102,13 +102,11 @@ struct Linear {
   };
   METAAUG_DEVICE static Four read(const T* at) { return *reinterpret_cast<const Four*>(at); }
 
-  // Whether rows of so many elements, of `a` and `b`, can be read by fours.
-  METAAUG_DEVICE static bool aligned(const Product<T>* products, int terms, int a_row, int b_row) {
-    bool all = a_row % 4 == 0 && b_row % 4 == 0;
-    for (int term = 0; term < terms; ++term) {
-      if (a_row != 4) all &= reinterpret_cast<uintptr_t>(products[term].a) % alignof(Four) == 0;
-      all &= reinterpret_cast<uintptr_t>(products[term].b) % alignof(Four) == 0;
-    }
+  // Whether rows of so many elements, of `b` and maybe of `a`, can be read by fours.
+  METAAUG_DEVICE static bool by_fours(const Product<T>* products, int terms, int row, bool a_too) {
+    const auto aligned = [](const T* array) { return reinterpret_cast<uintptr_t>(array) % alignof(Four) == 0; };
+    bool all = row % 4 == 0;
+    for (int term = 0; term < terms; ++term) all &= aligned(products[term].b) && (!a_too || aligned(products[term].a));
     return all;
   }
 

@@ -7,7 +7,8 @@
 
 namespace metaaug::cuda {
 
-// How products go through tiles, which begin shared memory; see tile.h. `used`: not everything lies there already.
+// How products go through tiles, for which shared memory then is; see tile.h. `used`: not everything lies there
+// already.
 template <class T>
 struct TileRoom {
   bool used = false;

@@ -130,8 +130,9 @@ class Tile {
     const bool shares = members() > 1 && chunks > 1 && tiles % members() != 0 && tiles < 4 * members();
     const Shares all(work);
     const int first = shares ? all.begin(member()) : member() * chunks, last = shares ? all.begin(member() + 1) : work;
-    T* const partials = room.partials + turn * members() * 2 * kTileSums * kThreads + block_thread();
-    const auto part = [&](int m, bool opens) { return partials + (2 * m + opens) * kTileSums * kThreads; };
+    const auto part = [&](int m, bool opens) {
+      return room.partials + ((turn * members() + m) * 2 + opens) * kTileSums * kThreads + block_thread();
+    };
     for (int at = first; at < last;) {
       const int tile = at / chunks, from = at - tile * chunks;
       const int to = last - at < chunks - from ? from + last - at : chunks;
