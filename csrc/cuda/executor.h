@@ -190,13 +190,13 @@ class Executor final : public Engine<T> {
     int64_t shared_bytes = 0;
   };
 
-  // A block takes a task whose buffers fit in its shared memory; the more tasks there are, the more blocks are to fit
-  // on a multiprocessor. Larger ones are in the workspace, and where blocks are idle a team of them takes a task.
+  // A block takes a task whose buffers fit in its shared memory, and where there are more tasks than multiprocessors in
+  // half of what one has. Larger ones are in the workspace, and where blocks are idle a team of them takes a task.
   Teams plan_teams(const Arguments<T>& a, int tasks) const {
     Teams teams;
     const int processors = limits_.multiprocessors;
     teams.count = std::min(tasks, kMostTeams);
-    for (int together = std::clamp(tasks / processors, 1, kMostTogether); together > 0; --together) {
+    for (int together = tasks > processors ? kTogether : 1; together > 0; --together) {
       const int64_t share = std::min(limits_.shared_bytes, limits_.shared_bytes_of_all / together - kReserved);
       for (int kept = slots(a, std::min(teams.count, processors * together)); kept > 0; --kept) {
         teams.layout = Layout(a, kept, 0);
@@ -236,7 +236,7 @@ class Executor final : public Engine<T> {
     return {};
   }
 
-  static constexpr int kMostTeams = 32768, kMostMembers = 32, kMostTogether = 4;
+  static constexpr int kMostTeams = 32768, kMostMembers = 32;
   static constexpr int64_t kReserved = 1 << 10;  // what the system takes of each block's shared memory
 
   const Graph graph_;

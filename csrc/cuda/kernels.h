@@ -5,8 +5,11 @@
 
 namespace metaaug::cuda {
 
+// So many blocks share a multiprocessor's registers.
+inline constexpr int kTogether = 2;
+
 template <class T>
-METAAUG_KERNEL METAAUG_BOUNDS(kThreads, 2) void run_tasks(const METAAUG_GRID_CONSTANT Arguments<T> a) {
+METAAUG_KERNEL METAAUG_BOUNDS(kThreads, kTogether) void run_tasks(const METAAUG_GRID_CONSTANT Arguments<T> a) {
   join_team(a.team_states);
   for (int task = team(); task < a.tasks; task += teams()) {
     Task<T>(a, a.first_task + task).run();
