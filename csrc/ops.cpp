@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <limits>
 #include <numeric>
 #include <thread>
 
@@ -63,6 +64,15 @@ struct OnDevice {
   void* stream() const { return nullptr; }
 };
 #endif
+
+// Memory for what an engine writes, which on a GPU nothing needs to clear.
+at::Tensor to_be_written(at::IntArrayRef shape, const at::TensorOptions& options) {
+#if defined(METAAUG_EMULATION)
+  return at::full(shape, std::numeric_limits<double>::quiet_NaN(), options);
+#else
+  return options.device().is_cuda() ? at::empty(shape, options) : at::zeros(shape, options);
+#endif
+}
 
 // As many threads as torch is set to use. The calling one polls for interrupts now and then, the others see what it
 // found.
@@ -193,12 +203,13 @@ std::map<std::string, at::Tensor> FusedEngine::run_as(const Settings& settings, 
     if (op.kind == OpKind::kBatchNorm) channels += graph_.values[op.output].channels;
 
   std::map<std::string, at::Tensor> result;
-  const auto output = [&](const char* name, T*& target, at::IntArrayRef shape) {
+  const auto output = [&](const char* name, T*& target, at::IntArrayRef shape, bool added_to = false) {
     if (std::find(outputs.begin(), outputs.end(), name) == outputs.end()) return;
-    target = result.emplace(name, at::zeros(shape, options)).first->second.template mutable_data_ptr<T>();
+    const at::Tensor tensor = added_to ? at::zeros(shape, options) : to_be_written(shape, options);
+    target = result.emplace(name, tensor).first->second.template mutable_data_ptr<T>();
   };
   const auto like = [&](const char* name, T*& target, const OptionalTensor& tensor) {
-    if (tensor) output(name, target, tensor->sizes());
+    if (tensor) output(name, target, tensor->sizes(), true);
   };
   output("flat", call.flat, {tasks, flat});
   output("mean_displacement", call.mean_displacement, {flat});

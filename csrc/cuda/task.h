@@ -176,7 +176,10 @@ class Task {
   }
 
   METAAUG_DEVICE void start() {
-    if (thread() == 0) a.failures[task] = {Failure::kNothing, 0, 0, 0};
+    if (thread() == 0) {
+      a.failures[task] = {Failure::kNothing, 0, 0, 0};
+      if (a.task_losses) a.task_losses[task] = T(0);
+    }
     for (int p = 0; p < a.parameters; ++p) {
       const T* const from = a.initial ? a.initial + task * a.flat + a.offset[p] : a.parameter[p];
       each_of(p, [&](int i, int at) { path[at] = from[i]; });
