@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -31,7 +31,7 @@ from .problem import (
     with_seed,
 )
 from .reference import unpack
-from .tasks import check_samples
+from .tasks import check_samples, sent
 
 BACKENDS = ("auto", "fused", "fallback")
 
@@ -198,7 +198,7 @@ def inner_loop(
         initial: `[T, P]`, where each task starts, in the place of the model's parameters.
         backend: "fused" (the compiled engine, or `NotFusedError`), "fallback" (`torch.func`), or "auto": fused
             where possible, else the fallback with one warning.
-        rows: `[T, K, B]` int64, the support samples that each step sees. None: all of them.
+        rows: `[T, K, B]` int64, the support samples that each step sees. None: all of them. They may be on the CPU.
         batch_norm: "batch" (every pass normalises with its own batch, which makes predictions depend on the
             other samples beside a sample), "running" or "frozen" (running statistics).
         task_chunk: how many tasks are in work at a time, which bounds memory. None: the executor's choice.
@@ -242,7 +242,7 @@ def inner_loop(
 def adapt_tasks(problem: InnerProblem, support: Support, backend: str = "auto") -> FastWeights:
     """Check the support set and adapt every task to it."""
     executor, problem = _prepare(problem, support, backend)
-    check_support(problem, support, executor.output_shape)
+    support = _checked(problem, support, executor)
     return FastWeights(problem, executor.adapt(problem, support), backend)
 
 
@@ -251,7 +251,7 @@ def adapt_tasks_mean(
 ) -> tuple[Tensor, MetaOutput | None]:
     """Check the sets and give the mean over tasks of `theta_K - theta_0`, `[P]`, and theta_K judged on a query set."""
     executor, problem = _prepare(problem, support, backend)
-    check_support(problem, support, executor.output_shape)
+    support = _checked(problem, support, executor)
     if query is not None:
         check_query(problem, support, query, executor.output_shape)
     return executor.adapt_mean(problem, support, query)
@@ -260,9 +260,15 @@ def adapt_tasks_mean(
 def meta_loss(problem: InnerProblem, support: Support, query: Query, backend: str = "auto") -> MetaOutput:
     """Check both sets, adapt every task to its support set and judge it on its query set."""
     executor, problem = _prepare(problem, support, backend)
-    check_support(problem, support, executor.output_shape)
+    support = _checked(problem, support, executor)
     check_query(problem, support, query, executor.output_shape)
     return executor.meta_loss(problem, support, query)
+
+
+def _checked(problem: InnerProblem, support: Support, executor: Executor) -> Support:
+    """The support set, with its rows where the samples are: those on the CPU are checked without waiting for a GPU."""
+    check_support(problem, support, executor.output_shape)
+    return support if support.rows is None else replace(support, rows=sent(support.rows, support.x.device))
 
 
 def choose_executor(problem: InnerProblem, sample_shape: tuple[int, ...], backend: str = "auto") -> Executor:

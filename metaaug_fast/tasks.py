@@ -59,12 +59,19 @@ class TaskBatch:
         return self.support_x.shape[0]
 
     def to(self, *args: Any, **kwargs: Any) -> TaskBatch:
-        """The batch on another device; a dtype applies to inputs and to floating-point targets."""
-        moved = [
-            value.to(*args, **kwargs) if value.is_floating_point() else value.to(_device_of(args, kwargs, value))
-            for value in (self.support_x, self.support_y, self.query_x, self.query_y)
-        ]
+        """The batch on another device, which need not wait for a GPU; a dtype is for inputs and floating targets."""
+        moved = []
+        for value in (self.support_x, self.support_y, self.query_x, self.query_y):
+            there = sent(value, _device_of(args, kwargs, value))
+            moved.append(there.to(*args, **kwargs) if value.is_floating_point() else there)
         return TaskBatch(*moved)
+
+
+def sent(value: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; from the CPU to a GPU through a copy in pinned memory, which nothing waits for."""
+    if device.type == "cuda" and value.device.type == "cpu":
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)
 
 
 def check_samples(name: str, x: Tensor, y: Tensor, tasks: int | None = None) -> None:

@@ -162,6 +162,23 @@ def test_a_learners_training_step_does_not_wait_for_the_gpu(net):
     assert "fused engine (CUDA), " in str(mf.explain(model, torch.zeros(5, 1, 28, 28, device="cuda")))
 
 
+def test_reptile_does_not_wait_for_the_gpu_and_moves_as_on_the_cpu():
+    episodes = mf.data.Episodes(mf.data.Sinusoids(), shots=12, queries=3, tasks=4)
+    tasks, moved = episodes.batch(0), []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(3)
+        model = mf.models.mlp([1, 40, 40, 1]).to(device)
+        reptile, there = mf.Reptile(model, 0.01, 3, inner_batch=5, loss="mse", meta_lr=0.5), tasks.to(device)
+        for step in range(3):
+            torch.cuda.set_sync_debug_mode("error" if step == 2 else "default")
+            try:
+                reptile.step(there)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        moved.append(torch.cat([value.detach().cpu().flatten() for value in model.parameters()]))
+    torch.testing.assert_close(moved[1], moved[0], rtol=1e-3, atol=1e-5)
+
+
 def test_a_meta_step_can_be_captured_in_a_graph():
     moved = problem, support, query = on_gpu(inner_problem(mlp(), 0.1, 3), *perceptron_sets(), dtype=torch.float32)
     executor, inputs = executor_of(problem, support.x), leaves(*moved)

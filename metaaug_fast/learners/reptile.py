@@ -169,7 +169,7 @@ class Reptile(Learner):
         tasks, samples = x.shape[:2]
         count = steps * self.inner_batch
         shuffles = torch.rand(tasks, math.ceil(count / samples), samples, generator=generator).argsort(-1)
-        return shuffles.flatten(1)[:, :count].view(tasks, steps, self.inner_batch).to(x.device)
+        return shuffles.flatten(1)[:, :count].view(tasks, steps, self.inner_batch)
 
     def _inner_problem(self) -> InnerProblem:
         return inner_problem(
