@@ -171,16 +171,17 @@ METAAUG_DEVICE inline int lane() { return thread() % kWarp; }
 METAAUG_DEVICE inline int warp() { return thread() / kWarp; }
 METAAUG_DEVICE inline int warps() { return threads() / kWarp; }
 
-// The sum over the team, in its first thread; `scratch` has room for a value of each warp, and is free again behind the
+// The sum over the team, in its first warp; `scratch` has room for a value of each warp, and is free again behind the
 // next barrier.
 template <class T>
 METAAUG_DEVICE T sum_all(T value, T* scratch) {
   value = warp_sum(value);
   if (lane() == 0) scratch[warp()] = value;
   sync();
+  if (warp() > 0) return T(0);
   T total = 0;
-  for (int i = 0; thread() == 0 && i < warps(); ++i) total += scratch[i];
-  return total;
+  for (int i = lane(); i < warps(); i += kWarp) total += scratch[i];
+  return warp_sum(total);
 }
 
 // Calls body(i) for 0 <= i < count, spread over the team's threads. A task has less than 2^31 elements of anything.

@@ -194,7 +194,7 @@ class Task {
   }
 
   // Activations and adjoints of step k at theta_k, whose gradient goes to `update` or, where that may not be, to
-  // `gradient`; without `update`, activations and adjoints once more. The loss is the first thread's.
+  // `gradient`; without `update`, activations and adjoints once more. The loss is the first warp's.
   METAAUG_DEVICE METAAUG_NOINLINE T evaluate(int k, const Update<T>* update) {
     const Program& net = a.support;
     const Frame<T> f = slot(k);
