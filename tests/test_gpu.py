@@ -120,7 +120,7 @@ def test_single_precision(kind, steps, shared_bytes):
 
 
 @pytest.mark.parametrize("tasks", [1, 7, 300])
-def test_same_bits_again_and_on_another_stream(tasks):
+def test_same_bits_again_and_on_another_stream(tasks, shared_bytes):
     moved = on_gpu(inner_problem(mlp(), 0.1, 3), *perceptron_sets(tasks=tasks), dtype=torch.float32)
     first = run_all(*moved)
     stream = torch.cuda.Stream()
@@ -131,7 +131,7 @@ def test_same_bits_again_and_on_another_stream(tasks):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_meta_step_does_not_wait_for_the_gpu():
+def test_a_meta_step_does_not_wait_for_the_gpu(shared_bytes):
     problem, support, query = on_gpu(inner_problem(mlp(), 0.1, 3), *perceptron_sets(), dtype=torch.float32)
     executor = executor_of(problem, support.x)
     executor.meta_loss(problem, support, query).loss.backward()
@@ -179,7 +179,7 @@ def test_reptile_does_not_wait_for_the_gpu_and_moves_as_on_the_cpu():
     torch.testing.assert_close(moved[1], moved[0], rtol=1e-3, atol=1e-5)
 
 
-def test_a_meta_step_can_be_captured_in_a_graph():
+def test_a_meta_step_can_be_captured_in_a_graph(shared_bytes):
     moved = problem, support, query = on_gpu(inner_problem(mlp(), 0.1, 3), *perceptron_sets(), dtype=torch.float32)
     executor, inputs = executor_of(problem, support.x), leaves(*moved)
 
