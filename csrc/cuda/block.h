@@ -24,7 +24,7 @@
 namespace metaaug::cuda {
 
 inline constexpr int kWarp = 32;
-#if defined(__CUDACC__)
+#if defined(__CUDACC__) || defined(METAAUG_EMULATE_ALL_THREADS)
 inline constexpr int kThreads = 256;
 #else
 inline constexpr int kThreads = 64;

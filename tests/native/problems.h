@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "check.h"
 #include "cpu/engine.h"
 #include "cpu/pool.h"
 
@@ -21,21 +22,8 @@ namespace {
 using namespace metaaug;
 using Vector = std::vector<double>;
 
-#define CHECK(condition, ...)                                              \
-  do {                                                                     \
-    if (!(condition)) {                                                    \
-      std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::fprintf(stderr, __VA_ARGS__);                                   \
-      std::fprintf(stderr, "\n");                                          \
-      std::exit(1);                                                        \
-    }                                                                      \
-  } while (false)
-
 // --- random numbers -------------------------------------------------------------------------------------------------
 
-std::mt19937_64 generator;
-
-int integer(int low, int high) { return std::uniform_int_distribution<int>(low, high)(generator); }
 bool coin() { return integer(0, 1); }
 double normal() { return std::normal_distribution<double>()(generator); }
 int width() { return std::vector<int>{1, 3, 4, 5, 8, 9, 17, 35, 67}[integer(0, 8)]; }

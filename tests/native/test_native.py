@@ -93,6 +93,12 @@ def test_cuda(tmp_path):
     assert "4 graphs" in run(target, timeout=600)
 
 
+def test_tiles(tmp_path):
+    """Products in tiles as large as a GPU's, of which the other tests have smaller ones."""
+    sources = [HERE / "test_tiles.cpp", HERE / "emulation.cpp"]
+    assert "42 products" in run(program("test_tiles", sources, "address,undefined", tmp_path), timeout=600)
+
+
 def test_pool(tmp_path):
     target = program("test_pool", [ENGINE / "pool.cpp", HERE / "test_pool.cpp"], "thread", tmp_path)
     assert "done" in run(target, timeout=600)

@@ -42,13 +42,8 @@ struct TileShape {
   }
 };
 
-#if defined(__CUDACC__)
-using SquareTile = TileShape<64, 64>;
-using FlatTile = TileShape<16, 256>;  // for few rows
-#else
-using SquareTile = TileShape<32, 32>;
-using FlatTile = TileShape<16, 64>;
-#endif
+using SquareTile = TileShape<kThreads == 256 ? 64 : 32, kThreads == 256 ? 64 : 32>;
+using FlatTile = TileShape<16, kThreads>;  // for few rows
 
 // Elements of shared memory that a block needs for tiles, and of global memory that each block of a team needs.
 inline constexpr int kTileShared = 2 * (SquareTile::buffer > FlatTile::buffer ? SquareTile::buffer : FlatTile::buffer);
