@@ -219,7 +219,7 @@ def check_support(problem: InnerProblem, support: Support, output_shape: tuple[i
                 f"rows must be int64 [{tasks}, {problem.steps}, B] with B > 0 (got {rows.dtype} {tuple(rows.shape)})"
             )
         if rows.device not in (torch.device("cpu"), support.x.device):
-            raise ValueError(f"rows must be on the CPU or on {support.x.device} (got {rows.device})")
+            raise ValueError(f"rows must be on the CPU or with support_x on {support.x.device} (got {rows.device})")
         if rows.numel() and not (int(rows.min()) >= 0 and int(rows.max()) < samples):
             raise ValueError(
                 f"rows must index the {samples} support samples (got {int(rows.min())}..{int(rows.max())})"

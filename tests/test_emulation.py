@@ -70,7 +70,7 @@ def extension():
     )
 
 
-# Next to nothing in shared memory, some of a task's buffers, or all.
+# Too little shared memory for any task, enough for small ones, or for all.
 @pytest.fixture(params=[1 << 10, 9000, 200_000], ids="shared={}".format)
 def emulation(request, extension, monkeypatch):
     assert extension.instruction_set() == "emulation"

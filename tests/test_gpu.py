@@ -22,7 +22,8 @@ pytestmark = [
 CASES = int(os.environ.get("METAAUG_GPU_CASES", "48"))
 
 
-# Next to nothing in shared memory, so that teams of blocks go through global memory; some of it; or what there is.
+# Too little shared memory for any task, so that teams of blocks go through global memory; enough for small ones; or
+# what there is.
 @pytest.fixture(params=[1 << 10, 20_000, None], ids="shared={}".format)
 def shared_bytes(request, monkeypatch):
     if request.param is not None:

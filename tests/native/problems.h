@@ -26,7 +26,8 @@ using Vector = std::vector<double>;
 
 bool coin() { return integer(0, 1); }
 double normal() { return std::normal_distribution<double>()(generator); }
-int width() { return std::vector<int>{1, 3, 4, 5, 8, 9, 17, 35, 67}[integer(0, 8)]; }
+int widths = 9;  // how many of these there are
+int width() { return std::vector<int>{1, 3, 4, 5, 8, 9, 17, 35, 67}[integer(0, widths - 1)]; }
 
 Vector normals(int64_t size, double scale = 1, double mean = 0) {
   Vector result(size);
