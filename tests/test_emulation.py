@@ -3,14 +3,12 @@
 What is imported here is collected here too, and runs with an extension whose every call goes through the device code.
 """
 
-import hashlib
-import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import test_fused
 import torch
+from builds import NATIVE, ROOT, folder_of
 from exactness import assert_close, errors
 from test_fused import (  # noqa: F401
     Draw,
@@ -39,8 +37,6 @@ from metaaug_fast.data.episodes import EpisodeSpec
 from metaaug_fast.errors import FallbackWarning, NotFusedError
 from metaaug_fast.problem import inner_problem
 
-ROOT = Path(__file__).parents[1]
-NATIVE = ROOT / "tests" / "native"
 ROUNDOFF = {"tf32": 2.0**-11, "bf16": 2.0**-9}
 
 pytestmark = pytest.mark.usefixtures("fresh_numbers", "emulation")
@@ -53,14 +49,7 @@ def extension():
         ROOT / "csrc" / name for name in ("ops.cpp", "bindings.cpp", "call.cpp", "flow.cpp", "fuse.cpp", "cpu/pool.cpp")
     ]
     sources += [NATIVE / "emulated.cpp", NATIVE / "emulation.cpp"]
-    digest = hashlib.sha256(torch.__version__.encode())
-    for path in sorted([*(ROOT / "csrc").rglob("*.*"), *NATIVE.glob("*.cpp"), *NATIVE.glob("*.h")]):
-        digest.update(path.read_bytes())
-    group = ROOT / "build" / "native" / "emulation"
-    folder = group / digest.hexdigest()[:16]
-    if not folder.exists():  # ninja has been seen to miss a changed header
-        shutil.rmtree(group, ignore_errors=True)
-        folder.mkdir(parents=True)
+    folder = folder_of("emulation", torch.__version__)  # ninja has been seen to miss a changed header
     return cpp_extension.load(
         "_C",
         [str(source) for source in sources],

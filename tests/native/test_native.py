@@ -1,6 +1,5 @@
 """The torch-free engine as plain C++ programs under sanitizers."""
 
-import hashlib
 import os
 import shlex
 import shutil
@@ -9,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from builds import folder_of
 
 from metaaug_fast import _C
 
@@ -49,14 +49,7 @@ def program(name: str, sources: list[Path], sanitizers: str, tmp_path: Path) -> 
     if subprocess.run(works, shell=True, capture_output=True, check=False).returncode:
         pytest.skip(f"{compiler[0]} has no working -fsanitize={sanitizers}")
 
-    digest = hashlib.sha256(repr((command, run(*compiler, "--version"))).encode())
-    for path in sorted([*(ROOT / "csrc").rglob("*.*"), *HERE.glob("*.cpp"), *HERE.glob("*.h")]):
-        digest.update(path.read_bytes())
-    group = ROOT / "build" / "native" / sanitizers
-    folder = group / digest.hexdigest()[:16]
-    if not folder.exists():
-        shutil.rmtree(group, ignore_errors=True)
-        folder.mkdir(parents=True)
+    folder = folder_of(sanitizers, command, run(*compiler, "--version"))
     objects = {source: folder / f"{source.stem}.o" for source in sources}
     missing = [source for source, target in objects.items() if not target.exists()]
     target = folder / name

@@ -8,23 +8,11 @@
 #include <vector>
 
 #include "check.h"
-#include "cuda/ops/tile.h"
+#include "cuda/ops/conv2d_tiles.h"
 
 namespace {
 
 using namespace metaaug;
-
-// Rows of so many elements, -1 beyond the last.
-struct Row {
-  int limit, size;
-  int operator()(int i) const { return i < limit ? i * size : -1; }
-};
-struct Element {
-  template <class T>
-  T operator()(const T* array, int row, int k) const {
-    return (row | k) < 0 ? T(0) : array[row + k];
-  }
-};
 
 template <class T, bool kByDepth>
 void check_product(Precision precision) {
@@ -41,8 +29,8 @@ void check_product(Precision precision) {
   std::vector<T> results[2] = {std::vector<T>(rows * columns, T(0.5)), std::vector<T>(rows * columns, T(0.5))};
   const cuda::TileRoom<T> room{true, partials.data(), precision};
   cuda::emulation::run(1, members, cuda::kThreads, cuda::kTileShared * sizeof(T), [&] {
-    const auto of_a = cuda::side<kByDepth>(Row{rows, depth}, Row{depth, 1}, Element());
-    const auto of_b = cuda::side<true>(Row{columns, depth}, Row{depth, 1}, Element());
+    const auto of_a = cuda::side<kByDepth>(cuda::Apart{rows, depth}, cuda::Apart{depth, 1}, cuda::AtPlaces());
+    const auto of_b = cuda::side<true>(cuda::Apart{columns, depth}, cuda::Apart{depth, 1}, cuda::AtPlaces());
     for (int turn = 0; turn < 2; ++turn)
       cuda::multiply_tiles(room, turn, rows, columns, depth, products, terms, of_a, of_b,
                            [&](int m, int n, T value) { results[turn][m * columns + n] += value; });

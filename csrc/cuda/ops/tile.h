@@ -12,15 +12,16 @@
 
 namespace metaaug::cuda {
 
-inline constexpr int kTileSums = 16;  // of a thread
+inline constexpr int kTileSums = 16;   // of a thread
+inline constexpr int kTileDepth = 16;  // that shared memory has at a time
 
 template <int kRows, int kColumns>
 struct TileShape {
   static_assert(kRows * kColumns == kTileSums * kThreads, "16 sums a thread");
-  static constexpr int rows = kRows, columns = kColumns, depth = 16;
+  static constexpr int rows = kRows, columns = kColumns;
   // Of a row of 16 in shared memory: a multiple of 4 for wide reads, and no two of a fragment in one bank.
   static constexpr int a_stride = kRows + 8, b_stride = kColumns + 8;
-  static constexpr int buffer = depth * (a_stride + b_stride);
+  static constexpr int buffer = kTileDepth * (a_stride + b_stride);
 
   struct Position {
     int m, n;
@@ -73,20 +74,21 @@ METAAUG_DEVICE Side<kByDepth, Outer, Depth, At> side(const Outer& outer, const D
 // A thread's share of one side's part of a tile: 16 of its depth at a time, on their way to shared memory.
 template <class T, int kEdge, int kStride, class S>
 class Loader {
-  static constexpr int kDepth = 16, kCount = kEdge * kDepth / kThreads;
+  static constexpr int kCount = kEdge * kTileDepth / kThreads;
   static_assert(kCount > 0, "every thread loads");
 
  public:
   METAAUG_DEVICE Loader(const S& side, int first)
       : side(side),
-        first(first + (S::by_depth ? block_thread() / kDepth : 0)),
-        own(S::by_depth ? block_thread() % kDepth : block_thread() % kEdge),
+        first(first + (S::by_depth ? block_thread() / kTileDepth : 0)),
+        own(S::by_depth ? block_thread() % kTileDepth : block_thread() % kEdge),
         outer(side.outer(first + own)) {}
 
   METAAUG_DEVICE void fetch(const T* array, int from) {
     if constexpr (S::by_depth) {
       const auto place = side.depth(from + own);
-      for (int j = 0; j < kCount; ++j) values[j] = side.at(array, side.outer(first + j * (kThreads / kDepth)), place);
+      for (int j = 0; j < kCount; ++j)
+        values[j] = side.at(array, side.outer(first + j * (kThreads / kTileDepth)), place);
     } else {
       for (int j = 0; j < kCount; ++j)
         values[j] = side.at(array, outer, side.depth(from + block_thread() / kEdge + j * (kThreads / kEdge)));
@@ -97,7 +99,7 @@ class Loader {
     const int t = block_thread();
     for (int j = 0; j < kCount; ++j) {
       if constexpr (S::by_depth)
-        shared[own * kStride + t / kDepth + j * (kThreads / kDepth)] = values[j];
+        shared[own * kStride + t / kTileDepth + j * (kThreads / kTileDepth)] = values[j];
       else
         shared[(t / kEdge + j * (kThreads / kEdge)) * kStride + own] = values[j];
     }
@@ -121,7 +123,7 @@ class Tile {
   METAAUG_DEVICE void multiply(int turn, int rows, int columns, int depth, const Product<T>* products, int terms,
                                const A& a, const B& b, const Store& store) const {
     const int down = (rows + Shape::rows - 1) / Shape::rows, across = (columns + Shape::columns - 1) / Shape::columns;
-    const int tiles = down * across, chunks = (depth + Shape::depth - 1) / Shape::depth * terms, work = tiles * chunks;
+    const int tiles = down * across, chunks = (depth + kTileDepth - 1) / kTileDepth * terms, work = tiles * chunks;
     const bool shares = members() > 1 && chunks > 1 && tiles % members() != 0 && tiles < 4 * members();
     const Shares all(work);
     const int first = shares ? all.begin(member()) : member() * chunks, last = shares ? all.begin(member() + 1) : work;
@@ -183,25 +185,25 @@ class Tile {
                                  const Product<T>* products, int from, int to, const A& a, const B& b) const {
     Loader<T, Shape::rows, Shape::a_stride, A> as(a, first_row);
     Loader<T, Shape::columns, Shape::b_stride, B> bs(b, first_column);
-    const int a_term = (depth + Shape::depth - 1) / Shape::depth;
+    const int a_term = (depth + kTileDepth - 1) / kTileDepth;
     const Product<T>* product = products + from / a_term;
-    int k = from % a_term * Shape::depth;
+    int k = from % a_term * kTileDepth;
     const auto fetch = [&] {
       as.fetch(in_global(product->a), k);
       bs.fetch(in_global(product->b), k);
-      if ((k += Shape::depth) >= depth) k = 0, ++product;
+      if ((k += kTileDepth) >= depth) k = 0, ++product;
     };
     const auto buffer = [](int which) { return reinterpret_cast<T*>(shared_memory()) + which * Shape::buffer; };
     const auto stash = [&](T* to) {
       as.stash(to);
-      bs.stash(to + Shape::depth * Shape::a_stride);
+      bs.stash(to + kTileDepth * Shape::a_stride);
     };
     fetch();
     stash(buffer(0));
     block_sync();
     for (int left = to - from, here = 0; left > 0; --left, here ^= 1) {
       if (left > 1) fetch();
-      add(sums, buffer(here), buffer(here) + Shape::depth * Shape::a_stride);
+      add(sums, buffer(here), buffer(here) + kTileDepth * Shape::a_stride);
       if (left > 1) stash(buffer(here ^ 1));
       block_sync();
     }
@@ -216,7 +218,7 @@ class Tile {
       T v[4];
     };
     const auto at = Shape::in_square(block_thread(), 0);
-    for (int k = 0; k < Shape::depth; ++k) {
+    for (int k = 0; k < kTileDepth; ++k) {
       const Four x = *reinterpret_cast<const Four*>(as + k * Shape::a_stride + at.m);
       const Four y = *reinterpret_cast<const Four*>(bs + k * Shape::b_stride + at.n);
       for (int j = 0; j < 4; ++j)
@@ -235,7 +237,7 @@ class Tile {
       if constexpr (kDeep == 8) return as_tf32(from[k * stride]);
       return as_bf16_pair(from[2 * k * stride], from[(2 * k + 1) * stride]);
     };
-    for (int first = 0; first < Shape::depth; first += kDeep) {
+    for (int first = 0; first < kTileDepth; first += kDeep) {
       const float *a_here = a + first * Shape::a_stride, *b_here = b + first * Shape::b_stride;
       const uint32_t x[4] = {read(a_here, Shape::a_stride, i), read(a_here + 8, Shape::a_stride, i),
                              read(a_here, Shape::a_stride, i + 4), read(a_here + 8, Shape::a_stride, i + 4)};
