@@ -24,6 +24,11 @@ int64_t flat_size(const Graph& graph) {
   return size;
 }
 
+// The tensor's values as they are to be read: a view may be negated lazily, and a zero tensor has no memory at all.
+at::Tensor in_memory(const at::Tensor& tensor) {
+  return (tensor._is_zerotensor() ? tensor.clone() : tensor.resolve_neg()).contiguous();
+}
+
 // Hands out contiguous tensors' pointers and keeps the tensors alive for the call.
 class Pointers {
  public:
@@ -41,7 +46,7 @@ class Pointers {
     const auto wanted = std::is_same_v<T, int64_t> ? at::kLong : dtype_;
     TORCH_CHECK_VALUE(tensor.device() == device_, name, " must be on ", device_, " (got ", tensor.device(), ")");
     TORCH_CHECK_VALUE(tensor.scalar_type() == wanted, name, " must be ", wanted, " (got ", tensor.scalar_type(), ")");
-    kept_.push_back(tensor.contiguous());
+    kept_.push_back(in_memory(tensor));
     return kept_.back().const_data_ptr<T>();
   }
 
@@ -311,7 +316,7 @@ std::vector<at::Tensor> sample_episodes(const at::Tensor& images, const at::Tens
     e.ways = ways;
     e.shots = shots;
     e.queries = queries;
-    return sample_as(images.contiguous(), first.contiguous(), sizes.contiguous(), e);
+    return sample_as(in_memory(images), in_memory(first), in_memory(sizes), e);
   };
   for (const at::Tensor& tensor : {first, sizes})
     TORCH_CHECK_VALUE(tensor.device() == images.device() && tensor.scalar_type() == at::kLong,

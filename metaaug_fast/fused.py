@@ -12,6 +12,7 @@ from torch._utils import _unflatten_dense_tensors
 from . import _C
 from .autograd import once_differentiable
 from .errors import NotFusedError
+from .exclusive import ONE_AT_A_TIME
 from .lowering import Graph, Op
 from .norms import BatchStatistics, update_running
 from .problem import InnerProblem, MetaOutput, Query, Support
@@ -112,7 +113,8 @@ class FusedExecutor:
 
     def learn_statistics(self, problem: InnerProblem, seen: Tensor) -> None:
         """Move the model's running statistics by `seen` `[T, 2 sum C]`, means and variances in order of ops."""
-        names = {value.data_ptr(): name for name, value in problem.model.named_buffers()}
+        with ONE_AT_A_TIME:
+            names = {value.data_ptr(): name for name, value in problem.model.named_buffers()}
         columns = iter(seen.split([size for op in self._norms() for size in op.shape[:1] * 2], dim=1))
         statistics = []
         for op in self._norms():

@@ -11,8 +11,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .errors import FallbackWarning, NotFusedError
+from .exclusive import ONE_AT_A_TIME
 from .fallback import FallbackExecutor, probe_output_shape
 from .fused import FusedExecutor, refusal
 from .losses import Loss, accuracy, check_targets, sample_losses, task_loss
@@ -31,7 +33,7 @@ from .problem import (
     with_seed,
 )
 from .reference import unpack
-from .tasks import check_samples, sent
+from .tasks import check_samples, check_tensor, sent
 
 BACKENDS = ("auto", "fused", "fallback")
 
@@ -96,8 +98,10 @@ class FastWeights:
         """Output `[T, N, ...]` of each task's weights on its `x` `[T, N, ...]`, differentiable once in both.
 
         Raises:
+            TypeError: `x` is no tensor.
             ValueError: `x` does not hold samples for T tasks, or has another dtype or device than the model.
         """
+        check_tensor("x", x)
         if x.ndim < 2 or len(x) != len(self) or not x.shape[1]:
             raise ValueError(f"x must be [{len(self)}, samples, ...] with samples > 0 (got shape {tuple(x.shape)})")
         check_inputs(self.problem, "x", x)
@@ -109,10 +113,10 @@ class FastWeights:
         Raises:
             ValueError: `x` and `y` do not fit each other, the tasks or the model.
         """
-        check_samples("query", x, y, tasks=len(self))
+        check_samples("", x, y, tasks=len(self))
         loss, smoothing = self.problem.loss, self.problem.label_smoothing
         prediction = self(x)
-        check_targets("query_y", loss, y, tuple(prediction.shape[2:]))
+        check_targets("y", loss, y, tuple(prediction.shape[2:]))
         if callable(loss):
             losses = torch.stack([task_loss(loss, *task) for task in zip(prediction, y, strict=True)])
         else:
@@ -141,7 +145,8 @@ class FastWeights:
             IndexError: there is no such task.
         """
         weights = {name: value[task].detach() for name, value in self.as_dict().items()}
-        module = copy.deepcopy(self.problem.model)
+        with ONE_AT_A_TIME:
+            module = copy.deepcopy(self.problem.model)
         with torch.no_grad():
             for name, parameter in module.named_parameters():
                 parameter.copy_(weights[name])
@@ -208,6 +213,7 @@ def inner_loop(
             computes as torch is set to.
 
     Raises:
+        TypeError: an argument is of the wrong type.
         ValueError: an argument is out of range, or shapes, dtypes or devices do not fit together.
         NotFusedError: `backend="fused"`, and the model, loss or device cannot be fused.
         NonFiniteError: NaN or infinity arose; the message names task and step.
@@ -292,17 +298,26 @@ def fingerprint(module: nn.Module) -> tuple[list[object], list[nn.Module]]:
     parts: list[nn.Module] = [module]
     parameters: list[nn.Parameter] = []
     buffers: list[Tensor | None] = []
-    for part in parts:
-        if part._parameters:
-            parameters += [value for value in part._parameters.values() if value is not None]
-        if part._buffers:
-            buffers += part._buffers.values()
-        if part._modules:
-            parts += [child for child in part._modules.values() if child is not None]
+    with ONE_AT_A_TIME:
+        for part in parts:
+            if part._parameters:
+                parameters += [value for value in part._parameters.values() if value is not None]
+            if part._buffers:
+                buffers += part._buffers.values()
+            if part._modules:
+                parts += [child for child in part._modules.values() if child is not None]
     mark: list[object] = [id(each) for each in (*parts, *parameters, *buffers)]
     mark += [value.requires_grad for value in parameters]
-    mark += [(value.dtype, value.device) for value in parameters[:1]]
+    tensors = [*parameters, *(value for value in buffers if value is not None)]
+    # A tensor's `data` may be set to another's of any kind. What is lazy has no shape, which its class tells.
+    mark += [type(value) for value in tensors]
+    mark += [value.dtype for value in tensors]
+    mark += [value.device for value in tensors]
+    mark += [value.shape for value in tensors if type(value) in _PLAIN or not is_lazy(value)]
     return mark, parts[1:]
+
+
+_PLAIN = (nn.Parameter, Tensor)
 
 
 @dataclass
@@ -331,13 +346,7 @@ def _choose(problem: InnerProblem, sample_shape: tuple[int, ...], backend: str) 
     """An executor, and whether it may drop anything."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} (got {backend!r})")
-    known = _KNOWN.get(problem.model)
-    if known is None:
-        known = _KNOWN[problem.model] = _Known()
     mark, parts = fingerprint(problem.model)
-    if mark != known.mark:
-        known.mark, known.parts = mark, parts
-        known.executors.clear()
     key = (
         backend,
         sample_shape,
@@ -347,10 +356,14 @@ def _choose(problem: InnerProblem, sample_shape: tuple[int, ...], backend: str) 
         *(part.training for part in parts),
         *(part.__dict__.get("p") for part in parts),  # a dropout's, which may be set at any time
     )
-    found = known.executors.get(key)
-    if found is None:
-        found = known.executors[key] = _make(problem, tuple(sample_shape), backend, known.reasons)
-    return found
+    with ONE_AT_A_TIME:
+        known = _KNOWN.setdefault(problem.model, _Known())
+        if mark != known.mark:
+            known.mark, known.parts = mark, parts
+            known.executors.clear()
+        if key not in known.executors:
+            known.executors[key] = _make(problem, tuple(sample_shape), backend, known.reasons)
+        return known.executors[key]
 
 
 def _make(

@@ -16,6 +16,8 @@ import operator
 import os
 import random
 import sys
+import threading
+import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import op_table
 from .errors import NotFusedError
+from .exclusive import ONE_AT_A_TIME
 from .op_table import (
     BATCH,
     FUNCTIONS,
@@ -139,14 +143,15 @@ def lower(
     [('flatten', (12,)), ('linear', (4,)), ('relu', (4,))]
     """
     key = (tuple(sample_shape), fixed_statistics, drop, *_surroundings())
-    remembered = _LOWERED.setdefault(model, {})
-    if key not in remembered or remembered[key][0].change():
-        found = survey(model, sample_shape, fixed_statistics=fixed_statistics, drop=drop)
-        remembered[key] = Snapshot(model), found
-        if not remembered[key][0].complete:
-            del remembered[key]
-    else:
-        found = remembered[key][1]
+    with ONE_AT_A_TIME:
+        remembered = _LOWERED.setdefault(model, {})
+        if key not in remembered or remembered[key][0].change():
+            found = survey(model, sample_shape, fixed_statistics=fixed_statistics, drop=drop)
+            remembered[key] = Snapshot(model), found
+            if not remembered[key][0].complete:
+                del remembered[key]
+        else:
+            found = remembered[key][1]
     if found.graph is None:
         raise LoweringError(str(found.blocker))
     return found.graph
@@ -167,7 +172,17 @@ def survey(
 
     dtype: of the input.
     """
-    return _Trace(model, tuple(sample_shape), fixed_statistics, drop, dtype).survey()
+    with ONE_AT_A_TIME:
+        for pause in _PAUSES:
+            trace = _Trace(model, tuple(sample_shape), fixed_statistics, drop, dtype)
+            found = trace.survey()
+            if not trace.generators_moved:
+                break
+            time.sleep(pause)  # another thread may have drawn; what draws itself draws every time
+    return found
+
+
+_PAUSES = (0, 0.001, 0.01, 0.1, 0)
 
 
 class _Stop(Exception):
@@ -236,13 +251,16 @@ class _Trace(fx.Tracer):
         self.values: dict[fx.Node, Any] = {}
         self.input = Value(0, sample_shape, Storage())
         self.untraced = False  # modules behave as they do outside of a trace
+        self.thread = threading.get_ident()  # fx patches nn.Module for all of them
+        self.generators_moved = False
         self.module: str | None = None  # path of the leaf module in hand
 
     def survey(self) -> Survey:
         if not spatial_or_flat(self.input.shape):
             self.refuse("input", f"the engine takes [N, F] or [N, C, H, W] (got {batched(self.input.shape)})")
         output = None
-        with torch.inference_mode(False), torch.enable_grad(), _symbols_known(self.model):
+        draws = _TorchDraws(self)
+        with torch.inference_mode(False), torch.enable_grad(), _symbols_known(self.model), draws:
             states, before = _random_states(), Snapshot(self.model)
             try:
                 # A root of its own, so that the model's hooks and __call__ are met like those of any other module.
@@ -251,7 +269,8 @@ class _Trace(fx.Tracer):
                 pass
             except Exception as error:
                 self.refuse("forward", f"cannot be traced: {error}", frames=traceback.walk_tb(error.__traceback__))
-            self._check_effects(states, before)
+            self.generators_moved = states != _random_states()
+            self._check_effects(before, draws.seen or self.generators_moved)
         graph = None if any(isinstance(step, Refusal) for step in self.steps) else self._finish(output)
         first = next((step for step in self.steps if isinstance(step, Refusal)), None)
         return Survey(tuple(self.steps), tuple(self.shapes), self.blocker or first, graph)
@@ -277,13 +296,13 @@ class _Trace(fx.Tracer):
                 return None
         return Graph(tuple(ops), tuple(self.shapes), final, result.shape)
 
-    def _check_effects(self, states: list, before: Snapshot) -> None:
+    def _check_effects(self, before: Snapshot, draws: bool) -> None:
         change = before.change()
         if change is not None:
             before.restore()
             path, name = change
             self.refuse(type(self.model.get_submodule(path)).__name__, f"forward changes its {name}", path=path)
-        if states != _random_states():
+        if draws:
             self.refuse("forward", "draws random numbers outside dropout, which a list of ops cannot repeat")
 
     def refuse(
@@ -320,10 +339,13 @@ class _Trace(fx.Tracer):
         return _unfit(m) is not None or (library and type(m) is not nn.Sequential)
 
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
-        return forward(*args, **kwargs) if self.untraced else super().call_module(m, forward, args, kwargs)
+        return super().call_module(m, forward, args, kwargs) if self._tracing() else forward(*args, **kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
-        return attr_val if self.untraced else super().getattr(attr, attr_val, parameter_proxy_cache)
+        return super().getattr(attr, attr_val, parameter_proxy_cache) if self._tracing() else attr_val
+
+    def _tracing(self) -> bool:
+        return not self.untraced and threading.get_ident() == self.thread
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return SymbolicTensor(node, self)
@@ -574,8 +596,21 @@ def _symbols_known(model: nn.Module) -> Iterator[None]:
             file.pop(name, None)
 
 
+class _TorchDraws(TorchDispatchMode):
+    """Sees in this thread alone whether what is traced draws random numbers of torch."""
+
+    def __init__(self, trace: _Trace) -> None:
+        super().__init__()
+        self.trace, self.seen = trace, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.seen |= torch.Tag.nondeterministic_seeded in func.tags and not self.trace.untraced
+        return func(*args, **(kwargs or {}))
+
+
 def _random_states() -> list:
-    states: list = [bytes(torch.get_rng_state().tolist()), random.getstate()]
+    """What moves where numbers are drawn or generators seeded, by any thread; of torch's the seed alone."""
+    states: list = [torch.initial_seed(), random.getstate()]
     if "numpy" in sys.modules:
         _, keys, position, *_ = sys.modules["numpy"].random.get_state()
         states += [keys.tobytes(), position]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .dropout import mask
+from .exclusive import ONE_AT_A_TIME
 from .problem import InnerProblem
 
 
@@ -61,10 +62,11 @@ def forward(
         TypeError: the model does not return one tensor.
     """
     values = problem.at_row(parameters, max(step - 1, 0) if query else step)
-    # Copies, because a batch norm in training mode counts its batches in place.
-    buffers = {name: value.clone() for name, value in problem.model.named_buffers()}
-    with ModelPass(problem, task, 2 * step + query, buffers, statistics):
-        output = torch.func.functional_call(problem.model, {**values, **buffers}, (x,))
+    with ONE_AT_A_TIME:
+        # Copies, because a batch norm in training mode counts its batches in place.
+        buffers = {name: value.clone() for name, value in problem.model.named_buffers()}
+        with ModelPass(problem, task, 2 * step + query, buffers, statistics):
+            output = torch.func.functional_call(problem.model, {**values, **buffers}, (x,))
     if not isinstance(output, Tensor):
         raise TypeError(f"model must return one tensor (got {type(output).__name__})")
     return output
@@ -73,7 +75,8 @@ def forward(
 @torch.no_grad()
 def update_running(model: nn.Module, statistics: Iterable[BatchStatistics]) -> None:
     """Move the model's running statistics towards `statistics`, whose leading dimension of tasks is averaged."""
-    buffers = dict(model.named_buffers())
+    with ONE_AT_A_TIME:
+        buffers = dict(model.named_buffers())
     for seen in statistics:
         prefix = seen.name.removesuffix("running_mean")
         for name, value in (("running_mean", seen.mean), ("running_var", seen.variance)):

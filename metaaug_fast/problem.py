@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from .exclusive import ONE_AT_A_TIME
 from .losses import Loss, check_loss, check_targets
-from .tasks import check_samples
+from .tasks import check_samples, check_tensor
 
 BATCH_NORM = ("batch", "per_step", "running", "frozen")
 PRECISIONS = ("float32", "tf32", "bf16")
@@ -139,34 +140,36 @@ def inner_problem(
     seed: int = 0,
     task_chunk: int | None = None,
     precision: str = "float32",
+    prefix: str = "",
 ) -> InnerProblem:
     """Validate the arguments of an inner loop and put them into one form.
 
     Args:
         adapt: names or shell patterns (`"head.*"`) of the parameters that move; None: all that require a gradient.
         parameters: replacements for some of the model's parameters, by name (per-step batch-norm affines).
+        prefix: of the caller's names for `lr`, `steps` and `optimizer`, for messages.
 
     Raises:
+        TypeError: an argument is of the wrong type.
         ValueError: an argument is out of range, or nothing adapts.
     """
-    own = dict(model.named_parameters())
-    if not own:
-        raise ValueError(f"model must have parameters to adapt (got {type(model).__name__} with none)")
+    own = parameters_of(model)
     check_loss(loss)
-    _check_number("steps", steps, integer=True)
-    _check_number("momentum", momentum)
-    _check_number("weight_decay", weight_decay)
-    _check_number("label_smoothing", label_smoothing)
+    check_number(f"{prefix}steps", steps, integer=True)
+    check_number("momentum", momentum)
+    check_number("weight_decay", weight_decay)
+    check_number("label_smoothing", label_smoothing)
+    check_flag("first_order", first_order)
     if label_smoothing >= 1:
         raise ValueError(f"label_smoothing must be below 1 (got {label_smoothing})")
     if batch_norm not in BATCH_NORM:
         raise ValueError(f"batch_norm must be one of {', '.join(BATCH_NORM)} (got {batch_norm!r})")
     if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)} (got {optimizer!r})")
+        raise ValueError(f"{prefix}optimizer must be one of {', '.join(OPTIMIZERS)} (got {optimizer!r})")
     if optimizer == "adam" and momentum:
-        raise ValueError(f"momentum must be 0 with optimizer 'adam', which has betas (got {momentum})")
+        raise ValueError(f"momentum must be 0 with {prefix}optimizer 'adam', which has betas (got {momentum})")
     if task_chunk is not None:
-        _check_number("task_chunk", task_chunk, integer=True, low=1)
+        check_number("task_chunk", task_chunk, integer=True, low=1)
     _check_running_statistics(model, batch_norm)
     values = {name: (parameters or {}).get(name, value) for name, value in own.items()}
     per_step = frozenset(name for name, value in values.items() if value.ndim == own[name].ndim + 1)
@@ -183,13 +186,13 @@ def inner_problem(
     return InnerProblem(
         model=model,
         parameters=values,
-        rates=_rates(lr, values, adapted, steps),
+        rates=_rates(f"{prefix}lr", lr, values, adapted, steps),
         steps=steps,
         loss=loss,
         label_smoothing=float(label_smoothing),
         momentum=float(momentum),
         weight_decay=float(weight_decay),
-        first_order=bool(first_order),
+        first_order=first_order,
         batch_norm=batch_norm,
         per_step=per_step,
         optimizer=optimizer,
@@ -208,6 +211,9 @@ def check_support(problem: InnerProblem, support: Support, output_shape: tuple[i
     check_inputs(problem, "support_x", support.x)
     tasks, samples = support.x.shape[:2]
     weight, rows, initial = support.sample_weight, support.rows, support.initial
+    for name, value in (("sample_weight", weight), ("rows", rows), ("initial", initial)):
+        if value is not None:
+            check_tensor(name, value)
     if weight is not None:
         if callable(problem.loss):
             raise ValueError("sample_weight needs a named loss (got a callable, which must weigh its samples itself)")
@@ -235,9 +241,11 @@ def check_query(problem: InnerProblem, support: Support, query: Query, output_sh
     check_targets("query_y", problem.loss, query.y, output_shape)
     check_inputs(problem, "query_x", query.x)
     if query.step_weights is not None:
+        check_tensor("step_weights", query.step_weights)
         if not problem.steps:
             raise ValueError("step_weights needs steps >= 1 (got 0)")
         _check_shape("step_weights", query.step_weights, (problem.steps,))
+        _check_like("step_weights", query.step_weights, query.x, "query_x")
 
 
 def check_inputs(problem: InnerProblem, name: str, x: Tensor) -> None:
@@ -256,7 +264,7 @@ def with_steps(problem: InnerProblem, steps: int) -> InnerProblem:
     Raises:
         ValueError: `steps` is negative.
     """
-    _check_number("steps", steps, integer=True)
+    check_number("steps", steps, integer=True)
     index = torch.arange(steps).clamp(max=problem.steps - 1)
     cut = {
         id(rate): Rate(rate.value[index.to(rate.value.device)], True)
@@ -267,38 +275,65 @@ def with_steps(problem: InnerProblem, steps: int) -> InnerProblem:
     return replace(problem, steps=steps, rates=rates)
 
 
-def _adapted_names(own: Mapping[str, Tensor], adapt: str | Iterable[str] | None) -> list[str]:
+def parameters_of(model: object) -> dict[str, nn.Parameter]:
+    """A module's parameters by name, which must all hold values."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module (got {type(model).__name__})")
+    with ONE_AT_A_TIME:
+        own = dict(model.named_parameters())
+    if not own:
+        raise ValueError(f"model must have parameters to adapt (got {type(model).__name__} with none)")
+    for name, value in own.items():
+        if nn.parameter.is_lazy(value):
+            raise ValueError(f"model must have been called once, which gives {name!r} its shape (got a lazy parameter)")
+        check_tensor(f"model's parameter {name!r}", value)
+    return own
+
+
+def patterns(adapt: str | Iterable[str] | None) -> tuple[str, ...] | None:
+    """What `adapt` names, as a tuple, or None for all that require a gradient."""
     if adapt is None:
+        return None
+    given = (adapt,) if isinstance(adapt, str) else tuple(adapt) if isinstance(adapt, Iterable) else ()
+    if not given or not all(isinstance(pattern, str) for pattern in given):
+        raise TypeError(f"adapt must be a name, a pattern or several of them (got {adapt!r})")
+    return given
+
+
+def _adapted_names(own: Mapping[str, Tensor], adapt: str | Iterable[str] | None) -> list[str]:
+    given = patterns(adapt)
+    if given is None:
         return [name for name, value in own.items() if value.requires_grad]
-    patterns = [adapt] if isinstance(adapt, str) else list(adapt)
-    for pattern in patterns:
+    for pattern in given:
         if not fnmatch.filter(own, pattern):
             raise ValueError(f"adapt must name parameters of the model (got {pattern!r}; there are {', '.join(own)})")
-    return [name for name in own if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    return [name for name in own if any(fnmatch.fnmatchcase(name, pattern) for pattern in given)]
 
 
-def _rates(lr: LearningRate, values: Mapping[str, Tensor], adapted: list[str], steps: int) -> dict[str, Rate]:
+def _rates(
+    called: str, lr: LearningRate, values: Mapping[str, Tensor], adapted: list[str], steps: int
+) -> dict[str, Rate]:
     like = next(iter(values.values()))
     if not isinstance(lr, Mapping):
-        value = _rate_tensor("inner_lr", lr, like)
+        value = _rate_tensor(called, lr, like)
         if value.ndim > 1 or (value.ndim == 1 and len(value) != steps):
             raise ValueError(
-                f"inner_lr must be a scalar, [{steps}] or a mapping by name (got shape {tuple(value.shape)})"
+                f"{called} must be a scalar, [{steps}] or a mapping by name (got shape {tuple(value.shape)})"
             )
         shared = Rate(value, per_step=value.ndim == 1)
         return dict.fromkeys(adapted, shared)
     unknown = [name for name in lr if name not in adapted]
     missing = [name for name in adapted if name not in lr]
     if unknown or missing:
-        raise ValueError(f"inner_lr must name the adapted parameters (unknown: {unknown}, missing: {missing})")
+        raise ValueError(f"{called} must name the adapted parameters (unknown: {unknown}, missing: {missing})")
     rates = {}
     for name in adapted:
-        value, shape = _rate_tensor(f"inner_lr[{name!r}]", lr[name], like), values[name].shape
+        value, shape = _rate_tensor(f"{called}[{name!r}]", lr[name], like), values[name].shape
         per_step = value.ndim > 0 and value.shape != shape and value.shape[0] == steps
         rest = value.shape[1:] if per_step else value.shape
         if rest not in (torch.Size(()), shape):
             raise ValueError(
-                f"inner_lr[{name!r}] must be a scalar or of shape {tuple(shape)}, with or without a leading {steps} "
+                f"{called}[{name!r}] must be a scalar or of shape {tuple(shape)}, with or without a leading {steps} "
                 f"(got shape {tuple(value.shape)})"
             )
         rates[name] = Rate(value, per_step)
@@ -306,7 +341,13 @@ def _rates(lr: LearningRate, values: Mapping[str, Tensor], adapted: list[str], s
 
 
 def _rate_tensor(name: str, lr: float | Tensor | Sequence[float], like: Tensor) -> Tensor:
-    value = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=like.dtype)
+    try:
+        value = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=like.dtype)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a number, numbers or a tensor (got {lr!r})") from None
+    check_tensor(name, value)
+    if value.dtype == torch.bool or value.is_complex():
+        raise TypeError(f"{name} must hold real numbers (got {value.dtype})")
     if value.is_cuda:  # to look at it would wait for the GPU; the engine reports what becomes of a bad one
         return value.to(like.device, like.dtype)
     detached = value.detach()
@@ -339,11 +380,18 @@ def _check_precision(precision: str, like: Tensor) -> None:
         )
 
 
-def _check_number(name: str, value: float, *, integer: bool = False, low: float = 0) -> None:
+def check_number(name: str, value: object, *, integer: bool = False, low: float = 0) -> None:
+    """Raise TypeError unless `value` is a number, or an integer, and ValueError unless it is finite and >= `low`."""
     if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
         raise TypeError(f"{name} must be {'an integer' if integer else 'a number'} (got {value!r})")
     if not math.isfinite(value) or value < low:
         raise ValueError(f"{name} must be >= {low:g} (got {value})")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False (got {value!r})")
 
 
 def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:

@@ -23,7 +23,8 @@ class TaskBatch:
         query_y: targets as `support_y`.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together, or a set is empty.
+        TypeError: something other than a tensor was given.
+        ValueError: shapes, dtypes or devices do not fit together, a set is empty, or a tensor is not dense.
 
     >>> import torch
     >>> batch = TaskBatch(torch.zeros(4, 5, 1), torch.zeros(4, 5, 1), torch.zeros(4, 10, 1), torch.zeros(4, 10, 1))
@@ -74,24 +75,48 @@ def sent(value: Tensor, device: torch.device) -> Tensor:
     return value.to(device)
 
 
+def check_batch(tasks: object) -> None:
+    """Raise TypeError unless `tasks` is a `TaskBatch`."""
+    if not isinstance(tasks, TaskBatch):
+        raise TypeError(f"tasks must be a TaskBatch (got {type(tasks).__name__})")
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a tensor, and ValueError unless it is a dense one."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor (got {type(value).__name__})")
+    if value.is_nested or value.is_quantized or value.layout is not torch.strided:
+        kind = "nested" if value.is_nested else value.dtype if value.is_quantized else value.layout
+        raise ValueError(f"{name} must be a dense tensor, neither sparse, nested nor quantised (got {kind})")
+
+
 def check_samples(name: str, x: Tensor, y: Tensor, tasks: int | None = None) -> None:
-    """Raise ValueError unless `x` is `[T, N, ...]` and `y` its `[T, N, ...]` targets."""
+    """Raise TypeError or ValueError unless `x` is `[T, N, ...]` and `y` its `[T, N, ...]` targets.
+
+    name: of the set, `support` or `query`, whose tensors are the caller's `support_x` and `support_y`; without one they
+        are `x` and `y`.
+    """
+    x_name, y_name = (f"{name}_x", f"{name}_y") if name else ("x", "y")
+    check_tensor(x_name, x)
+    check_tensor(y_name, y)
     if x.ndim < 2:
-        raise ValueError(f"{name}_x must be [tasks, samples, ...] (got shape {tuple(x.shape)})")
+        raise ValueError(f"{x_name} must be [tasks, samples, ...] (got shape {tuple(x.shape)})")
     if tasks is not None and x.shape[0] != tasks:
-        raise ValueError(f"{name}_x must have as many tasks as support_x (got {x.shape[0]}, {tasks})")
+        raise ValueError(f"{x_name} must have as many tasks as support_x (got {x.shape[0]}, {tasks})")
     if x.shape[0] == 0:
-        raise ValueError(f"{name}_x must hold at least one task (got shape {tuple(x.shape)})")
+        raise ValueError(f"{x_name} must hold at least one task (got shape {tuple(x.shape)})")
     if x.shape[1] == 0:
-        raise ValueError(f"{name}_x must hold at least one sample a task (got shape {tuple(x.shape)})")
+        raise ValueError(f"{x_name} must hold at least one sample a task (got shape {tuple(x.shape)})")
     if x.dtype not in _FLOATS and not (x.is_floating_point() and x.is_cuda):
-        raise ValueError(f"{name}_x must be float32 or float64 on the CPU (got {x.dtype})")
+        raise ValueError(f"{x_name} must be float32 or float64 on the CPU (got {x.dtype})")
     if y.shape[:2] != x.shape[:2]:
         raise ValueError(
-            f"{name}_y must have the tasks and samples of {name}_x (got {tuple(y.shape[:2])}, {tuple(x.shape[:2])})"
+            f"{y_name} must have the tasks and samples of {x_name} (got {tuple(y.shape[:2])}, {tuple(x.shape[:2])})"
         )
     if y.device != x.device:
-        raise ValueError(f"{name}_y must be on the device of {name}_x (got {y.device}, {x.device})")
+        raise ValueError(f"{y_name} must be on the device of {x_name} (got {y.device}, {x.device})")
+    if x.is_meta:
+        raise ValueError(f"{x_name} must hold values (got a tensor on the meta device)")
 
 
 def _device_of(args: tuple, kwargs: dict, value: Tensor) -> torch.device:

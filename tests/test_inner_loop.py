@@ -219,7 +219,7 @@ def test_inputs_that_do_not_fit_fast_weights() -> None:
         fast(torch.zeros(T, 0, F).double())
     with pytest.raises(ValueError, match="x must have the dtype of the model's parameters"):
         fast(torch.zeros(T, Q, F))
-    with pytest.raises(ValueError, match=r"query_y must hold class ids 0..2"):
+    with pytest.raises(ValueError, match=r"^y must hold class ids 0..2"):
         fast.evaluate(torch.zeros(T, Q, F).double(), torch.full((T, Q), C))
 
 
@@ -326,9 +326,9 @@ BAD = {
     "support_x must have the dtype of the model's parameters": {"support_x": X.double()},
     "support_y must be on the device of support_x (got meta, cpu)": {"support_y": Y.to("meta")},
     "support_x must be on the device of the model's parameters": {"model": mlp().float().to("meta")},
-    "inner_lr must be >= 0 and finite (got -0.1)": {"lr": -0.1},
-    "inner_lr must be >= 0 and finite (got nan)": {"lr": float("nan")},
-    "inner_lr must be a scalar, [5] or a mapping by name (got shape (2,))": {"lr": [0.1, 0.1]},
+    "lr must be >= 0 and finite (got -0.1)": {"lr": -0.1},
+    "lr must be >= 0 and finite (got nan)": {"lr": float("nan")},
+    "lr must be a scalar, [5] or a mapping by name (got shape (2,))": {"lr": [0.1, 0.1]},
     "steps must be >= 0 (got -1)": {"steps": -1},
     "momentum must be >= 0 (got -0.5)": {"momentum": -0.5},
     "weight_decay must be >= 0 (got -1)": {"weight_decay": -1},

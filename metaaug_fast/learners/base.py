@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,13 +14,16 @@ from ..problem import InnerProblem, Support, with_steps
 class Learner(nn.Module):
     """A module whose settings make an `InnerProblem`, built once and again after a setting or a tensor was replaced.
 
-    A subclass sets `backend` and writes `_inner_problem`.
+    A subclass sets `inner_lr` and `backend` and writes `_inner_problem`.
     """
 
+    inner_lr: Any
     backend: str
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
+        # Counted rather than only cleared, for another thread may just be building a problem of the old setting.
+        self.__dict__["_settings"] = self.__dict__.get("_settings", 0) + 1
         self.__dict__["_built"] = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -30,8 +34,8 @@ class Learner(nn.Module):
 
         Beyond the learner's own steps, rates and batch-norm affines that are given per step stay as in the last one.
         """
-        mark, _ = fingerprint(self)
-        built = self.__dict__.get("_built")
+        mark = self.__dict__["_settings"], fingerprint(self)[0], _contents(self.inner_lr)
+        built = self.__dict__["_built"]
         if built is None or built[0] != mark:
             built = self.__dict__["_built"] = mark, self._inner_problem()
         return built[1] if steps is None else with_steps(built[1], steps)
@@ -56,3 +60,17 @@ class Learner(nn.Module):
         """
         support = Support(support_x, support_y, sample_weight, rows, initial)
         return adapt_tasks(self.problem(steps), support, self.backend)
+
+
+def _contents(value: Any) -> Any:
+    """What may be changed in rates in place, as lists and mappings can be, and tensors of which a problem holds a copy.
+
+    Parameters are part of the learner's own fingerprint.
+    """
+    if isinstance(value, nn.Module | nn.Parameter):
+        return None
+    if isinstance(value, Tensor):
+        return id(value), value.dtype, value.tolist() if value.is_inference() else value._version
+    if isinstance(value, Mapping):
+        return {name: _contents(each) for name, each in value.items()}
+    return [_contents(each) for each in value] if isinstance(value, list) else value

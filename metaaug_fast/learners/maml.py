@@ -10,8 +10,20 @@ from torch import Tensor, nn
 
 from ..inner_loop import meta_loss
 from ..losses import Loss
-from ..problem import NORMS, InnerProblem, LearningRate, MetaOutput, Query, Support, inner_problem
-from ..tasks import TaskBatch
+from ..problem import (
+    NORMS,
+    InnerProblem,
+    LearningRate,
+    MetaOutput,
+    Query,
+    Support,
+    check_flag,
+    check_number,
+    inner_problem,
+    parameters_of,
+    patterns,
+)
+from ..tasks import TaskBatch, check_batch
 from .base import Learner
 
 
@@ -67,12 +79,13 @@ class MAML(Learner):
         precision: str = "float32",
     ) -> None:
         super().__init__()
+        check_flag("learn_inner_lr", learn_inner_lr)
         self.model = model
         self.inner_lr: LearningRate | nn.ParameterDict = inner_lr
         self.inner_steps = inner_steps
         self.first_order = first_order
         self.loss = loss
-        self.adapted = adapt if adapt is None or isinstance(adapt, str) else tuple(adapt)
+        self.adapted = patterns(adapt)
         self.batch_norm = batch_norm
         self.backend = backend
         self.label_smoothing = label_smoothing
@@ -99,6 +112,7 @@ class MAML(Learner):
         Raises:
             ValueError: the tasks do not fit the model. NonFiniteError: NaN or infinity arose; names task and step.
         """
+        check_batch(tasks)
         support = Support(tasks.support_x, tasks.support_y)
         query = Query(tasks.query_x, tasks.query_y, step_weights)
         return meta_loss(self.problem(steps), support, query, self.backend)
@@ -127,11 +141,14 @@ class MAML(Learner):
             parameters={_name(key): value for key, value in self.per_step.items()},
             task_chunk=self.task_chunk,
             precision=self.precision,
+            prefix="inner_",
         )
 
 
 def _affines_per_step(model: nn.Module, steps: int) -> dict[str, nn.Parameter]:
     """A copy for each step, `[K, C]`, of the weight and bias of every batch norm."""
+    parameters_of(model)
+    check_number("inner_steps", steps, integer=True)
     affines = {
         _key(name): _parameter(value.expand(max(steps, 1), -1))
         for path, norm in model.named_modules()

@@ -10,9 +10,18 @@ from torch import Tensor, nn
 
 from ..inner_loop import FastWeights, adapt_tasks_mean
 from ..losses import Loss
-from ..problem import InnerProblem, LearningRate, MetaOutput, Query, Support, inner_problem
+from ..problem import (
+    InnerProblem,
+    LearningRate,
+    MetaOutput,
+    Query,
+    Support,
+    check_flag,
+    inner_problem,
+    patterns,
+)
 from ..reference import unpack
-from ..tasks import TaskBatch, check_samples
+from ..tasks import TaskBatch, check_batch, check_samples
 from .base import Learner
 
 POLICIES = ("batch", "frozen")
@@ -72,10 +81,11 @@ class Reptile(Learner):
         precision: str = "float32",
     ) -> None:
         super().__init__()
-        if inner_batch is not None and inner_batch < 1:
+        if inner_batch is not None and (not isinstance(inner_batch, int) or inner_batch < 1):
             raise ValueError(f"inner_batch must be >= 1 or None (got {inner_batch})")
-        if not all(0 <= beta < 1 for beta in betas):
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be >= 0 and below 1 (got {betas})")
+        check_flag("batched", batched)
         if batch_norm not in POLICIES:
             raise ValueError(f"batch_norm must be one of {', '.join(POLICIES)} (got {batch_norm!r})")
         self.model = model
@@ -86,7 +96,7 @@ class Reptile(Learner):
         self.inner_batch = inner_batch
         self.batched = batched
         self.loss = loss
-        self.adapted = adapt if adapt is None or isinstance(adapt, str) else tuple(adapt)
+        self.adapted = patterns(adapt)
         self.batch_norm = batch_norm
         self.backend = backend
         self.betas = betas
@@ -108,7 +118,8 @@ class Reptile(Learner):
             ValueError: meta_lr is negative or not finite, or the tasks do not fit the model.
             NonFiniteError: NaN or infinity arose; names task (0 where they run one by one) and step.
         """
-        if not 0 <= self.meta_lr < math.inf:
+        check_batch(tasks)
+        if not isinstance(self.meta_lr, (int, float)) or not 0 <= self.meta_lr < math.inf:
             raise ValueError(f"meta_lr must be >= 0 and finite (got {self.meta_lr})")
         moves = [self._move(each, measure) for each in ([tasks] if self.batched else _one_by_one(tasks))]
         outputs = [output for output in moves if output is not None]
@@ -121,6 +132,7 @@ class Reptile(Learner):
     @torch.no_grad()
     def forward(self, tasks: TaskBatch, steps: int | None = None) -> MetaOutput:
         """Adapt to every task's support set and judge the result on its query set, without gradient."""
+        check_batch(tasks)
         return self.adapt(tasks.support_x, tasks.support_y, steps).evaluate(tasks.query_x, tasks.query_y)
 
     @torch.no_grad()
@@ -184,6 +196,7 @@ class Reptile(Learner):
             betas=self.betas,
             task_chunk=self.task_chunk,
             precision=self.precision,
+            prefix="inner_",
         )
 
 
