@@ -29,6 +29,7 @@ from .losses import accuracy, task_loss
 from .norms import BatchStatistics, forward, update_running
 from .problem import InnerProblem, MetaOutput, Query, Support
 from .reference import pack, unpack
+from .tasks import usable
 
 GRAPH_BYTES = 2**29
 """What the graphs of one chunk of tasks may take, where `task_chunk` does not say how many tasks that is."""
@@ -160,7 +161,7 @@ class FallbackExecutor:
     ) -> tuple[Tensor, Tensor]:
         """Support loss `[t]` and g_k `[t, P]`, under `torch.inference_mode` too."""
         with torch.inference_mode(False), torch.enable_grad():
-            theta = _leaf(_usable(theta))
+            theta = _leaf(usable(theta))
             losses = self._support_losses(problem, _take(support, slice(None)), theta, step, first)
             return losses.detach(), _gradients(losses.sum(), [theta])[0]
 
@@ -266,7 +267,7 @@ class FallbackExecutor:
             hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda value: value)
             with torch.inference_mode(False), torch.enable_grad(), hooks:
                 parameters = {name: _leaf(value) for name, value in problem.parameters.items()}
-                forward(problem, parameters, _usable(x[0].detach()), task=0, step=0)
+                forward(problem, parameters, usable(x[0].detach()), task=0, step=0)
             self._graph_bytes[shape] = 4 * saved + 1
         return self._graph_bytes[shape]
 
@@ -428,15 +429,11 @@ def _take(support: Support, chunk: slice) -> Support:
     """The support sets of a chunk of tasks, as tensors that a graph may keep."""
     weight, rows = support.sample_weight, support.rows
     return Support(
-        _usable(support.x[chunk]),
-        _usable(support.y[chunk]),
-        None if weight is None else _usable(weight[chunk]),
+        usable(support.x[chunk]),
+        usable(support.y[chunk]),
+        None if weight is None else usable(weight[chunk]),
         None if rows is None else rows[chunk],
     )
-
-
-def _usable(value: Tensor) -> Tensor:
-    return value.clone() if value.is_inference() else value
 
 
 def _leaf(value: Tensor) -> Tensor:

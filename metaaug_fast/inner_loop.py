@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -33,8 +33,9 @@ from .problem import (
     with_seed,
 )
 from .reference import unpack
-from .tasks import check_samples, check_tensor, sent
+from .tasks import check_samples, check_tensor, sent, usable
 
+_Set = TypeVar("_Set", Support, Query)
 BACKENDS = ("auto", "fused", "fallback")
 
 
@@ -105,7 +106,8 @@ class FastWeights:
         if x.ndim < 2 or len(x) != len(self) or not x.shape[1]:
             raise ValueError(f"x must be [{len(self)}, samples, ...] with samples > 0 (got shape {tuple(x.shape)})")
         check_inputs(self.problem, "x", x)
-        return choose_executor(self.problem, x.shape[2:], self._backend).predict(self.problem, self.flat, x)
+        executor = choose_executor(self.problem, x.shape[2:], self._backend)
+        return executor.predict(self.problem, usable(self.flat), usable(x))
 
     def evaluate(self, x: Tensor, y: Tensor) -> MetaOutput:
         """Loss (the problem's, labels smoothed as there) and accuracy of each task on its `x`, `y`; differentiable.
@@ -117,6 +119,7 @@ class FastWeights:
         loss, smoothing = self.problem.loss, self.problem.label_smoothing
         prediction = self(x)
         check_targets("y", loss, y, tuple(prediction.shape[2:]))
+        y = usable(y)
         if callable(loss):
             losses = torch.stack([task_loss(loss, *task) for task in zip(prediction, y, strict=True)])
         else:
@@ -258,23 +261,33 @@ def adapt_tasks_mean(
     """Check the sets and give the mean over tasks of `theta_K - theta_0`, `[P]`, and theta_K judged on a query set."""
     executor, problem = _prepare(problem, support, backend)
     support = _checked(problem, support, executor)
-    if query is not None:
-        check_query(problem, support, query, executor.output_shape)
-    return executor.adapt_mean(problem, support, query)
+    return executor.adapt_mean(problem, support, query and _checked_query(problem, support, query, executor))
 
 
 def meta_loss(problem: InnerProblem, support: Support, query: Query, backend: str = "auto") -> MetaOutput:
     """Check both sets, adapt every task to its support set and judge it on its query set."""
     executor, problem = _prepare(problem, support, backend)
     support = _checked(problem, support, executor)
-    check_query(problem, support, query, executor.output_shape)
-    return executor.meta_loss(problem, support, query)
+    return executor.meta_loss(problem, support, _checked_query(problem, support, query, executor))
 
 
 def _checked(problem: InnerProblem, support: Support, executor: Executor) -> Support:
     """The support set, with its rows where the samples are: those on the CPU are checked without waiting for a GPU."""
     check_support(problem, support, executor.output_shape)
+    support = _lasting(support)
     return support if support.rows is None else replace(support, rows=sent(support.rows, support.x.device))
+
+
+def _checked_query(problem: InnerProblem, support: Support, query: Query, executor: Executor) -> Query:
+    check_query(problem, support, query, executor.output_shape)
+    return _lasting(query)
+
+
+def _lasting(given: _Set) -> _Set:
+    """The set with tensors that a graph may keep."""
+    if not any(value.is_inference() for value in vars(given).values() if value is not None):
+        return given
+    return replace(given, **{name: usable(value) for name, value in vars(given).items() if value is not None})
 
 
 def choose_executor(problem: InnerProblem, sample_shape: tuple[int, ...], backend: str = "auto") -> Executor:

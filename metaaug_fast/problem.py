@@ -348,6 +348,8 @@ def _rate_tensor(name: str, lr: float | Tensor | Sequence[float], like: Tensor) 
     check_tensor(name, value)
     if value.dtype == torch.bool or value.is_complex():
         raise TypeError(f"{name} must hold real numbers (got {value.dtype})")
+    if value.is_meta:
+        raise ValueError(f"{name} must hold values (got a tensor on the meta device)")
     if value.is_cuda:  # to look at it would wait for the GPU; the engine reports what becomes of a bad one
         return value.to(like.device, like.dtype)
     detached = value.detach()

@@ -75,6 +75,11 @@ def sent(value: Tensor, device: torch.device) -> Tensor:
     return value.to(device)
 
 
+def usable(value: Tensor) -> Tensor:
+    """The tensor, or a copy of one made under `torch.inference_mode`, which no graph may keep."""
+    return value.clone() if value.is_inference() else value
+
+
 def check_batch(tasks: object) -> None:
     """Raise TypeError unless `tasks` is a `TaskBatch`."""
     if not isinstance(tasks, TaskBatch):
