@@ -343,7 +343,7 @@ def _rates(
 def _rate_tensor(name: str, lr: float | Tensor | Sequence[float], like: Tensor) -> Tensor:
     try:
         value = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=like.dtype)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         raise TypeError(f"{name} must be a number, numbers or a tensor (got {lr!r})") from None
     check_tensor(name, value)
     if value.dtype == torch.bool or value.is_complex():
@@ -383,11 +383,16 @@ def _check_precision(precision: str, like: Tensor) -> None:
 
 
 def check_number(name: str, value: object, *, integer: bool = False, low: float = 0) -> None:
-    """Raise TypeError unless `value` is a number, or an integer, and ValueError unless it is finite and >= `low`."""
+    """Raise TypeError unless `value` is a number, or an integer, and ValueError unless it is finite and >= `low`.
+
+    Integers are counts, for which the engine has 31 bits.
+    """
     if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
         raise TypeError(f"{name} must be {'an integer' if integer else 'a number'} (got {value!r})")
-    if not math.isfinite(value) or value < low:
+    if (isinstance(value, float) and not math.isfinite(value)) or value < low:
         raise ValueError(f"{name} must be >= {low:g} (got {value})")
+    if integer and value >= 2**31:
+        raise ValueError(f"{name} must be below 2**31 (got {value})")
 
 
 def check_flag(name: str, value: object) -> None:
