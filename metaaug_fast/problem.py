@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import fnmatch
-import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -389,10 +389,10 @@ def check_number(name: str, value: object, *, integer: bool = False, low: float 
     """
     if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
         raise TypeError(f"{name} must be {'an integer' if integer else 'a number'} (got {value!r})")
-    if (isinstance(value, float) and not math.isfinite(value)) or value < low:
-        raise ValueError(f"{name} must be >= {low:g} (got {value})")
     if integer and value >= 2**31:
         raise ValueError(f"{name} must be below 2**31 (got {value})")
+    if not low <= value <= sys.float_info.max:
+        raise ValueError(f"{name} must be >= {low:g} (got {value})")
 
 
 def check_flag(name: str, value: object) -> None:

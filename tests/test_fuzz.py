@@ -136,7 +136,24 @@ SPOILT_TENSORS = {
     "a parameter": lambda value: nn.Parameter(value.detach()) if value.is_floating_point() else value,
 }
 SPOILT_VALUES = (
-    *(None, True, "a", -1, -0.5, 0, 2.5, math.nan, math.inf, 2**31, 10**400, [], [0.1], {}, {"0.weight": 0.1}, nn.ReLU()),
+    *(
+        None,
+        True,
+        "a",
+        -1,
+        -0.5,
+        0,
+        2.5,
+        math.nan,
+        math.inf,
+        2**31,
+        10**400,
+        [],
+        [0.1],
+        {},
+        {"0.weight": 0.1},
+        nn.ReLU(),
+    ),
     *(torch.ones(2), torch.tensor(0.1), torch.tensor(True), torch.zeros(()).to("meta"), object()),
 )
 
