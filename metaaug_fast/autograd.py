@@ -28,8 +28,20 @@ def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
             return backward(ctx, *adjoints)
         with torch.no_grad():
             gradients = backward(ctx, *adjoints)
-        values = [value.detach().requires_grad_() for value in gradients if isinstance(value, Tensor)]
-        guarded = iter(torch._C._functions.DelayedError(_MESSAGE, len(values))(*values) if values else ())
-        return tuple(next(guarded) if isinstance(value, Tensor) else value for value in gradients)
+        return tuple(
+            _Last.apply(value.detach().requires_grad_()) if isinstance(value, Tensor) else value for value in gradients
+        )
 
     return wrapper
+
+
+class _Last(torch.autograd.Function):
+    """The same numbers, whose gradient is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.clone()  # may be changed in place, as a view could not be
+
+    @staticmethod
+    def backward(ctx: Any, adjoint: Tensor) -> Tensor:
+        raise RuntimeError(_MESSAGE)

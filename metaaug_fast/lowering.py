@@ -548,7 +548,7 @@ _OWN = (os.path.dirname(torch.__file__) + os.sep, __file__, op_table.__file__)
 def _surroundings() -> tuple[bool, ...]:
     """What changes the meaning of a module from outside: autocast, hooks of all modules."""
     autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-    return *autocast, bool(nn.modules.module._has_any_global_hook())
+    return *autocast, _global_hooks() is not None
 
 
 def _innermost_first(frames: Any) -> Iterator[tuple[Any, int]]:
@@ -572,8 +572,19 @@ def _unfit(module: nn.Module) -> str | None:
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if any(hooks) or nn.modules.module._has_any_global_hook():
-        return "it has hooks, which the engine would skip"
+    return "it has hooks, which the engine would skip" if any(hooks) else _global_hooks()
+
+
+def _global_hooks() -> str | None:
+    """Why hooks of all modules forbid fusing, if they do; torch has no public name that tells of them."""
+    for kind in ("forward", "forward_pre", "backward", "backward_pre"):
+        hooks = getattr(nn.modules.module, f"_global_{kind}_hooks", None)
+        if hooks is None:
+            return (
+                f"torch {torch.__version__} does not tell whether all modules have hooks, which the engine would skip"
+            )
+        if hooks:
+            return "it has hooks, which the engine would skip"
     return None
 
 

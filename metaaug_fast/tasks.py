@@ -63,7 +63,7 @@ class TaskBatch:
         """The batch on another device, which need not wait for a GPU; a dtype is for inputs and floating targets."""
         moved = []
         for value in (self.support_x, self.support_y, self.query_x, self.query_y):
-            there = sent(value, _device_of(args, kwargs, value))
+            there = sent(value, value.new_empty(0).to(*args, **kwargs).device)
             moved.append(there.to(*args, **kwargs) if value.is_floating_point() else there)
         return TaskBatch(*moved)
 
@@ -122,9 +122,3 @@ def check_samples(name: str, x: Tensor, y: Tensor, tasks: int | None = None) -> 
         raise ValueError(f"{y_name} must be on the device of {x_name} (got {y.device}, {x.device})")
     if x.is_meta:
         raise ValueError(f"{x_name} must hold values (got a tensor on the meta device)")
-
-
-def _device_of(args: tuple, kwargs: dict, value: Tensor) -> torch.device:
-    """The device that `Tensor.to(*args, **kwargs)` names, or the value's own."""
-    device = torch._C._nn._parse_to(*args, **kwargs)[0]
-    return value.device if device is None else device

@@ -170,7 +170,7 @@ class Reptile(Learner):
         mean, output = adapt_tasks_mean(problem, support, query, self.backend)
         changes = unpack(problem, mean)
         moved = [problem.parameters[name] for name in problem.rates]
-        torch._foreach_add_(moved, [changes[name] for name in problem.rates], alpha=self.meta_lr)  # one kernel on a GPU
+        _add(moved, [changes[name] for name in problem.rates], self.meta_lr)
         return output
 
     def _rows(self, x: Tensor, y: Tensor, steps: int, generator: torch.Generator) -> Tensor | None:
@@ -203,3 +203,12 @@ class Reptile(Learner):
 def _one_by_one(tasks: TaskBatch) -> list[TaskBatch]:
     sets = tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y
     return [TaskBatch(*task) for task in zip(*(each.split(1) for each in sets), strict=True)]
+
+
+def _add(tensors: list[Tensor], changes: list[Tensor], scale: float) -> None:
+    """Add `scale * changes` to the tensors; in one kernel on a GPU, where this torch offers that."""
+    if hasattr(torch, "_foreach_add_"):
+        torch._foreach_add_(tensors, changes, alpha=scale)
+        return
+    for tensor, change in zip(tensors, changes, strict=True):
+        tensor.add_(change, alpha=scale)

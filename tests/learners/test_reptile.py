@@ -92,6 +92,15 @@ def test_only_adapted_parameters_move(backend: str) -> None:
     assert torch.equal(weights(net), moved)
 
 
+def test_it_moves_alike_where_torch_adds_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, nets = tasks(), [model()]
+    nets.append(copy.deepcopy(nets[0]))
+    Reptile(nets[0], 0.05).step(batch)
+    monkeypatch.delattr(torch, "_foreach_add_")
+    Reptile(nets[1], 0.05).step(batch)
+    assert torch.equal(weights(nets[0]), weights(nets[1]))
+
+
 @backends
 def test_it_learns_and_the_forward_pass_measures(backend: str) -> None:
     x = torch.randn(T, 20, F).double()
