@@ -4,6 +4,10 @@
 
 #include "ops.h"
 
+#ifndef METAAUG_WHY_NO_CUDA  // what setup.py missed for a CUDA engine
+#define METAAUG_WHY_NO_CUDA ""
+#endif
+
 namespace py = pybind11;
 using namespace metaaug;
 
@@ -151,4 +155,5 @@ PYBIND11_MODULE(_C, m) {
       py::call_guard<py::gil_scoped_release>());
   m.def("instruction_set", &cpu::instruction_set);
   m.attr("cuda") = kCuda;
+  m.attr("why_no_cuda") = METAAUG_WHY_NO_CUDA;
 }

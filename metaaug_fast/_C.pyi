@@ -123,3 +123,4 @@ def sample_episodes(
 def instruction_set() -> str: ...
 
 cuda: bool
+why_no_cuda: str

@@ -17,7 +17,7 @@ from .norms import BatchStatistics, update_running
 from .problem import InnerProblem, MetaOutput, Query, Support
 
 NO_CUDA = (
-    "this build of metaaug_fast has no CUDA engine; install it again beside a CUDA build of torch and nvcc: "
+    "this build of metaaug_fast has no CUDA engine, because it needs {}; with that, install it again: "
     "METAAUG_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps ."
 )
 _DATA = ("support_x", "support_y", "support_weight", "initial", "query_x", "query_y", "step_weights")
@@ -29,7 +29,7 @@ def refusal(value: Tensor) -> str:
         return f"the fused engine runs on the CPU and on CUDA (got {value.device})"
     if value.dtype not in (torch.float32, torch.float64):
         return f"the fused engine computes in float32 or float64 (got {value.dtype})"
-    return NO_CUDA if value.is_cuda and not _C.cuda else ""
+    return NO_CUDA.format(_C.why_no_cuda) if value.is_cuda and not _C.cuda else ""
 
 
 class FusedExecutor:

@@ -1,6 +1,7 @@
 """The Makefile: what it says where something is missing, and that it does nothing twice."""
 
 import os
+import runpy
 import shutil
 import stat
 import subprocess
@@ -10,6 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import cpp_extension
+
+from metaaug_fast import _C
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make")
@@ -130,3 +134,53 @@ def test_cuda_is_built_where_it_is_asked_for_and_can_be(asked, answer):
     )
     assert (result.returncode == 0) == (asked == "0")
     assert answer in result.stdout + result.stderr
+
+
+@pytest.fixture
+def setup(tmp_path, monkeypatch):
+    """What setup.py defines, beside a torch built with CUDA 12.4 and an nvcc that says another version of itself."""
+
+    def load(nvcc):
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "include").mkdir()
+        (tmp_path / "include" / "cuda_runtime.h").touch()
+        script(tmp_path / "bin" / "nvcc", f"echo '{nvcc}'")
+        monkeypatch.setattr(torch.version, "cuda", "12.4")
+        monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+        monkeypatch.delenv("METAAUG_CUDA", raising=False)
+        return runpy.run_path(str(ROOT / "setup.py"))
+
+    return load
+
+
+def test_an_nvcc_of_another_cuda_than_torchs_gives_the_cpu_engine_and_says_why(setup, tmp_path, monkeypatch, capsys):
+    extension = setup("Cuda compilation tools, release 13.0, V13.0.48")["extension"]
+    built = extension()
+    missing = (
+        f"nvcc of CUDA 12, which torch {torch.__version__} was built with (got release 13.0 in {tmp_path}): "
+        "set CUDA_HOME to such a one, or install a torch built with CUDA 13"
+    )
+    assert not [source for source in built.sources if source.endswith(".cu")]
+    assert built.define_macros == [("METAAUG_WHY_NO_CUDA", f'"{missing}"')]
+    assert capsys.readouterr().out == f"metaaug_fast is built without its CUDA engine, which needs {missing}\n"
+    monkeypatch.setenv("METAAUG_CUDA", "1")
+    with pytest.raises(SystemExit, match=r"^METAAUG_CUDA=1 needs nvcc of CUDA 12, which") as refused:
+        extension()
+    assert str(refused.value) == f"METAAUG_CUDA=1 needs {missing}"
+    monkeypatch.setenv("METAAUG_CUDA", "0")
+    assert extension().define_macros == [("METAAUG_WHY_NO_CUDA", '"METAAUG_CUDA to be 1 or unset (got 0)"')]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("nvcc", ["Cuda compilation tools, release 12.9, V12.9.86", "a compiler without a version"])
+def test_an_nvcc_of_torchs_cuda_gives_the_gpu_engine(nvcc, setup, capsys):
+    built = setup(nvcc)["extension"]()
+    assert [source for source in built.sources if source.endswith(".cu")]
+    assert ("METAAUG_CUDA", "1") in built.define_macros
+    assert capsys.readouterr().out == ""
+
+
+def test_the_extension_knows_why_it_has_no_gpu_engine():
+    assert bool(_C.why_no_cuda) == (not _C.cuda)

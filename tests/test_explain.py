@@ -126,6 +126,8 @@ def test_device_and_dtype():
 def test_a_build_without_cuda_says_how_to_get_it(monkeypatch):
     on_gpu = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32, is_cuda=True)
     monkeypatch.setattr(_C, "cuda", False)
+    monkeypatch.setattr(_C, "why_no_cuda", "nvcc of CUDA 12 (got release 13.0)")
+    assert "has no CUDA engine, because it needs nvcc of CUDA 12 (got release 13.0); with that," in refusal(on_gpu)
     assert "METAAUG_CUDA=1 pip install" in refusal(on_gpu)
     monkeypatch.setattr(_C, "cuda", True)
     assert refusal(on_gpu) == ""
