@@ -315,11 +315,9 @@ def test_version():
     assert shown.stdout.startswith("metaaug-fast 0.")
 
 
-def test_omniglot_as_the_papers_do(tmp_path, capsys):
-    root = Path(os.environ.get("METAAUG_DATA", "../shared/data")) / "omniglot"
-    if not root.is_dir():
-        pytest.skip(f"no Omniglot at {root}")
-    arguments = ["--data", "omniglot", "--root", str(root), "--model", "omniglot_mlp", "--tasks", "2", "--steps", "2"]
+def test_omniglot_as_the_papers_do(tmp_path, capsys, real_omniglot):
+    data = ["--data", "omniglot", "--root", str(real_omniglot)]
+    arguments = [*data, "--model", "omniglot_mlp", "--tasks", "2", "--steps", "2"]
     out = ["--out", str(tmp_path / "o.safetensors"), "--episodes", "4", "--validation-episodes", "2", "--quiet"]
     assert main(["train", "maml", *arguments, *out]) == 0
     assert "5-way 1-shot: omniglot_mlp, 2 tasks, inner lr 0.4 x 1" in capsys.readouterr().out

@@ -1,7 +1,6 @@
-"""Fresh randomness, a cache of the session's own, and the real data where there are any."""
+"""Fresh randomness and a cache of the session's own."""
 
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,12 +21,3 @@ def cache(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("METAAUG_CACHE", str(folder))
         yield folder
-
-
-@pytest.fixture(scope="session")
-def real_omniglot() -> Path:
-    """The folder with the real archives, or a visible skip."""
-    root = Path(os.environ.get("METAAUG_DATA", Path(__file__).parents[3] / "shared" / "data")) / "omniglot"
-    if not (root / "images_background.zip").is_file():
-        pytest.skip(f"no Omniglot in {root}; METAAUG_DATA names the data folder")
-    return root

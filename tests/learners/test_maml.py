@@ -2,7 +2,10 @@
 
 import copy
 import io
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -274,16 +277,31 @@ def test_a_learned_rate_may_become_negative(backend: str) -> None:
     assert_gradients(maml(batch), reference_output(maml, batch), list(maml.parameters()))
 
 
-@backends
-def test_distributed_data_parallel(backend: str, tmp_path) -> None:
-    maml, batch = MAML(model(), 0.3, K, learn_inner_lr=True, backend=backend), tasks()
-    expected = torch.autograd.grad(maml(batch).loss, list(maml.parameters()))
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+def test_distributed_data_parallel(tmp_path: Path) -> None:
+    """Two processes, each with its share of the tasks, take the step that one takes with all of them."""
+    start, shares = model(), [tasks(), tasks()]
+    learners = {
+        backend: MAML(copy.deepcopy(start), 0.3, K, learn_inner_lr=True, backend=backend)
+        for backend in ("fused", "fallback")
+    }
+    torch.save((learners, shares), tmp_path / "given")
+    program = Path(__file__).with_name("distributed.py")
+    ranks = [subprocess.Popen([sys.executable, program, str(rank), tmp_path]) for rank in range(2)]
     try:
-        nn.parallel.DistributedDataParallel(maml)(batch).loss.backward()
+        assert [rank.wait(120) for rank in ranks] == [0, 0]
     finally:
-        torch.distributed.destroy_process_group()
-    assert all(torch.equal(value.grad, each) for value, each in zip(maml.parameters(), expected, strict=True))
+        for rank in ranks:
+            rank.kill()
+    first, second = (torch.load(tmp_path / f"rank{rank}") for rank in range(2))
+    whole = TaskBatch(*map(torch.cat, zip(*(vars(share).values() for share in shares), strict=True)))
+    for backend, maml in learners.items():
+        for found, share in ((first, shares[0]), (second, shares[1])):
+            assert torch.equal(found[backend]["loss"], maml(share).loss.detach()), backend
+        maml(whole).loss.backward()
+        for name, value in maml.named_parameters():
+            gradient = first[backend][name]
+            assert torch.equal(gradient, second[backend][name]), (backend, name)
+            assert (gradient - value.grad).norm() < 1e-9 * max(value.grad.norm(), 1e-3), (backend, name)
 
 
 @backends
