@@ -13,7 +13,7 @@ import torch
 
 from .worker import cores
 
-_VERSIONS = ("metaaug_fast", "torch", "jax", "higher", "torchopt", "learn2learn", "numpy")
+_VERSIONS = ("metaaug_fast", "jax", "higher", "torchopt", "learn2learn", "numpy")
 
 
 def check_threads(threads: int) -> None:
@@ -47,6 +47,7 @@ def machine(threads: int) -> dict[str, Any]:
         "threads": threads,
         "system": platform.system(),
         "python": platform.python_version(),
+        "torch": torch.__version__,  # which names the build, CPU or CUDA, and the installed version need not
         **versions,
         "date": datetime.date.today().isoformat(),
     }

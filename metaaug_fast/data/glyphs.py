@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw, ImageFont, features
 from .cache import Arrays, cached_arrays, file_digest
 from .images import ClassImages
 
-# The families that `split_styles` divides. The other fonts of matplotlib hold symbols, or a box for every code point.
+# The families that `split_styles` divides. The other fonts of matplotlib hold symbols, or a box for every code point;
+# cmti10 comes with its later releases only.
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "DejaVu Sans": ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique"),
     "DejaVu Sans Mono": (
@@ -25,7 +26,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     ),
     "DejaVu Serif": ("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic"),
     "STIX General": ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta"),
-    "Computer Modern": ("cmr10", "cmb10", "cmti10", "cmmi10", "cmss10", "cmtt10"),
+    "Computer Modern": ("cmr10", "cmb10", "cmmi10", "cmss10", "cmtt10"),
 }
 # TeX's encoding: beyond ASCII these fonts give other shapes than the code points promise.
 _ASCII_ONLY = "Computer Modern"
@@ -38,7 +39,7 @@ _OVERSAMPLE = 4
 
 
 class Glyphs(ClassImages):
-    """Letters in up to 22 typefaces of five families, one picture a typeface; ink is 1, paper is 0.
+    """Letters in up to 21 typefaces of five families, one picture a typeface; ink is 1, paper is 0.
 
     A class is a letter (Unicode category L: Latin, Greek, Cyrillic, Armenian, Georgian, phonetic signs, ...) that at
     least `styles_min` of the typefaces can write; letters that look alike are one class. All pictures have the
