@@ -1,47 +1,47 @@
 """The fused engine; csrc/bindings.cpp is the source of these names."""
 
 from collections.abc import Sequence
-from enum import Enum
+from typing import ClassVar
 
 from torch import Tensor
 
-class OpKind(Enum):
-    conv2d = 0
-    batch_norm = 1
-    layer_norm = 2
-    group_norm = 3
-    relu = 4
-    leaky_relu = 5
-    gelu = 6
-    gelu_tanh = 7
-    tanh = 8
-    sigmoid = 9
-    softplus = 10
-    max_pool = 11
-    avg_pool = 12
-    mean_pool = 13
-    flatten = 14
-    add = 15
-    dropout = 16
+class OpKind:
+    conv2d: ClassVar[OpKind]
+    batch_norm: ClassVar[OpKind]
+    layer_norm: ClassVar[OpKind]
+    group_norm: ClassVar[OpKind]
+    relu: ClassVar[OpKind]
+    leaky_relu: ClassVar[OpKind]
+    gelu: ClassVar[OpKind]
+    gelu_tanh: ClassVar[OpKind]
+    tanh: ClassVar[OpKind]
+    sigmoid: ClassVar[OpKind]
+    softplus: ClassVar[OpKind]
+    max_pool: ClassVar[OpKind]
+    avg_pool: ClassVar[OpKind]
+    mean_pool: ClassVar[OpKind]
+    flatten: ClassVar[OpKind]
+    add: ClassVar[OpKind]
+    dropout: ClassVar[OpKind]
 
-class LossKind(Enum):
-    cross_entropy = 0
-    mse = 1
-    bce = 2
+class LossKind:
+    cross_entropy: ClassVar[LossKind]
+    mse: ClassVar[LossKind]
+    bce: ClassVar[LossKind]
 
-class Precision(Enum):
-    float32 = 0
-    tf32 = 1
-    bf16 = 2
+class Precision:
+    float32: ClassVar[Precision]
+    tf32: ClassVar[Precision]
+    bf16: ClassVar[Precision]
 
-class OptimizerKind(Enum):
-    sgd = 0
-    adam = 1
+class OptimizerKind:
+    sgd: ClassVar[OptimizerKind]
+    adam: ClassVar[OptimizerKind]
 
-class LayoutKind(Enum):
-    matrix = 0
-    vector = 1
-    picture = 2
+class LayoutKind:
+    matrix: ClassVar[LayoutKind]
+    vector: ClassVar[LayoutKind]
+    picture: ClassVar[LayoutKind]
 
 class Pair:
     def __init__(self, y: int, x: int) -> None: ...
