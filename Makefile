@@ -6,23 +6,30 @@ VENV   ?= .venv
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 TORCH_CUDA ?= torch==2.14.1
+OLDEST_TORCH  ?= torch==2.6.0
+OLDEST_PYTHON ?= python3.10
 
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE  := $(shell find csrc tests -name "*.cpp" -o -name "*.h" -o -name "*.cu")
 CUDA    := $(filter %.cu,$(NATIVE))
+# A process for each core.
+PYTEST  := $(BIN)/python -m pytest -q -n auto --dist loadgroup
 SOURCES := $(wildcard setup.py pyproject.toml) $(filter csrc/%,$(NATIVE))
 
-.PHONY: help venv install demo test test-gpu cuda-link bench bench-ops lint format clean
+.PHONY: help venv install demo test check test-quick test-oldest test-gpu cuda cuda-link bench bench-ops lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make install   build the extension and install the package into $(VENV), editable"
 	@echo "make demo      train on Glyphs, then evaluate and draw: demo/*.png and a checkpoint"
-	@echo "make test      formatters, linters, types, native sanitizers, tests"
+	@echo "make check     formatters, linters, types, quick tests: 90 s on two cores once built"
+	@echo "make test      that, native sanitizers, the GPU engine in an emulation, slow tests, and nvcc where it is"
+	@echo "make test-oldest  the tests of make check with torch $(OLDEST_TORCH) and $(OLDEST_PYTHON), in $(VENV)-oldest"
 	@echo "make test-gpu  build for the GPU that is here, check every kernel on it, then time it (needs CUDA torch and nvcc)"
 	@echo "make cuda-link build with CUDA against $(TORCH_CUDA) in $(VENV)-cuda and import it; needs nvcc, 6 GB, no GPU"
-	@echo "make lint      formatters, linters, types, and nvcc where it is"
+	@echo "make lint      formatters, linters, types"
+	@echo "make cuda      compile the CUDA sources where there is nvcc"
 	@echo "make bench     time the workloads here and in other libraries, which it installs: bench/ (BENCH=\"--list\": which)"
 	@echo "make bench-ops time single ops beside plain torch"
 	@echo "make format    reformat Python and C++"
@@ -62,17 +69,32 @@ lint: install
 ifneq ($(NATIVE),)
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
 endif
-	@command -v nvcc >/dev/null || echo "no nvcc: the CUDA sources are not compiled here"
-	@! command -v nvcc >/dev/null || $(MAKE) --no-print-directory -j2 $(CUDA:%.cu=build/%.o)
 
 # Without torch and without a GPU.
+ifneq ($(shell command -v nvcc),)
+cuda: $(CUDA:%.cu=build/%.o)
+else
+cuda:
+	@echo "no nvcc: the CUDA sources are not compiled here"
+endif
+
 build/%.o: %.cu $(filter csrc/%.h,$(NATIVE))
 	@echo "compiling $<"
 	@mkdir -p $(@D)
-	@nvcc -std=c++17 -c -Icsrc -Werror all-warnings -gencode=arch=compute_80,code=[sm_80,sm_90] -o $@ $<
+	@nvcc -std=c++17 -c -Icsrc -Werror all-warnings -gencode=arch=compute_80,code=sm_80 -o $@ $<
 
-test: lint
-	$(BIN)/python -m pytest -q
+check: lint test-quick
+
+test: install
+	@$(MAKE) --no-print-directory -j2 lint cuda
+	$(PYTEST)
+
+test-quick: install
+	$(PYTEST) -m "not slow"
+
+# What is promised at least.
+test-oldest:
+	@METAAUG_CUDA=0 $(MAKE) --no-print-directory test-quick VENV=$(VENV)-oldest TORCH="$(OLDEST_TORCH)" PYTHON="$(OLDEST_PYTHON)"
 
 # With the interpreter that has a CUDA build of torch: a machine with a GPU may have no network for an environment of ours.
 test-gpu:

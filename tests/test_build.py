@@ -184,3 +184,14 @@ def test_an_nvcc_of_torchs_cuda_gives_the_gpu_engine(nvcc, setup, capsys):
 
 def test_the_extension_knows_why_it_has_no_gpu_engine():
     assert bool(_C.why_no_cuda) == (not _C.cuda)
+
+
+def test_the_oldest_torch_has_an_environment_of_its_own(tree):
+    with_venv(tree)
+    (tree / ".venv-oldest" / "bin").mkdir(parents=True)
+    script(tree / ".venv-oldest" / "bin" / "python", 'echo "oldest $METAAUG_CUDA $*" >> calls')
+    assert make(tree, "test-oldest", CXX="sh").returncode == 0
+    first, *_, last = calls(tree)
+    assert first.startswith("oldest 0 -m pip install")
+    assert "torch==2.6.0 " in first
+    assert last == "oldest 0 -m pytest -q -n auto --dist loadgroup -m not slow"

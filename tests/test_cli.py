@@ -228,6 +228,7 @@ def test_bench_lists_its_workloads(capsys):
     assert any(line.startswith("* conv4-t8-k1 ") and "T=8 K=1 S=5 Q=5, second order" in line for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_ends_bench_and_its_processes(tmp_path, number):
     """What is finished stays, and no process is left in the background."""

@@ -39,7 +39,7 @@ from metaaug_fast.problem import inner_problem
 
 ROUNDOFF = {"tf32": 2.0**-11, "bf16": 2.0**-9}
 
-pytestmark = pytest.mark.usefixtures("fresh_numbers", "emulation")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_numbers", "emulation")]
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +49,14 @@ def extension():
         ROOT / "csrc" / name for name in ("ops.cpp", "bindings.cpp", "call.cpp", "flow.cpp", "fuse.cpp", "cpu/pool.cpp")
     ]
     sources += [NATIVE / "emulated.cpp", NATIVE / "emulation.cpp"]
-    folder = folder_of("emulation", torch.__version__)  # ninja has been seen to miss a changed header
-    return cpp_extension.load(
-        "_C",
-        [str(source) for source in sources],
-        extra_cflags=["-O1", "-g1", "-fvisibility=hidden", "-DMETAAUG_EMULATION"],
-        extra_include_paths=[str(ROOT / "csrc"), str(NATIVE)],
-        build_directory=str(folder),
-    )
+    with folder_of("emulation", torch.__version__) as folder:  # ninja has been seen to miss a changed header
+        return cpp_extension.load(
+            "_C",
+            [str(source) for source in sources],
+            extra_cflags=["-O1", "-g1", "-fvisibility=hidden", "-DMETAAUG_EMULATION"],
+            extra_include_paths=[str(ROOT / "csrc"), str(NATIVE)],
+            build_directory=str(folder),
+        )
 
 
 # Too little shared memory for any task, enough for small ones, or for all.

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import metaaug_fast as mf
 
 STUB = Path(mf.__file__).with_name("_C.pyi")
@@ -40,6 +42,7 @@ sys.exit(stubtest.main())
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_stub_is_the_extensions(tmp_path):
     """But for two names that are taken out of it."""
     stub, missing = STUB.read_text(), []

@@ -191,6 +191,7 @@ train(learner, episodes, steps, optimizer=optimizer, checkpoint=path, checkpoint
 """
 
 
+@pytest.mark.slow
 def test_killed_run_loses_nothing_before_its_last_checkpoint(tmp_path):
     """A real process, which writes at every step, is killed at some moment, several times."""
     path, resume, reached = tmp_path / "c", "start", 0

@@ -155,6 +155,7 @@ def test_two_threads_are_judged_by_time_and_by_bits():
     assert Gain("g", 1.5, 1.0, False).cells() == ["g", "1500", "1000", "1.50", "MISSED, off by 17%", "MISSED"]
 
 
+@pytest.mark.slow
 def test_two_threads_give_the_same_bits():
     gain = thread_gain(replace(MLP, tasks=5), rounds=1, limit=60)
     assert gain.same_bits
@@ -162,6 +163,7 @@ def test_two_threads_give_the_same_bits():
     assert gain.two > 0
 
 
+@pytest.mark.slow
 def test_a_run_leaves_table_json_and_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(suite, "_ceilings", lambda threads: CEILINGS)
     said = []

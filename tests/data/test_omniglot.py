@@ -250,6 +250,7 @@ def test_official_addresses():
     assert omniglot.URL.startswith("https://")
 
 
+@pytest.mark.slow
 def test_real_archives(real_omniglot):
     whole = Omniglot(real_omniglot, "all")
     assert len(whole) == 1623
@@ -262,6 +263,7 @@ def test_real_archives(real_omniglot):
     assert 0.05 < whole.images.double().mean() / 255 < 0.2
 
 
+@pytest.mark.slow
 def test_reduced_official_pictures_are_those_of_the_papers(real_omniglot):
     """The 105x105 originals, reduced here, against the 28x28 pictures reduced elsewhere."""
     originals = Omniglot(real_omniglot, "all", archives=("images_background_small1", "images_background_small2"))

@@ -277,6 +277,7 @@ def test_a_learned_rate_may_become_negative(backend: str) -> None:
     assert_gradients(maml(batch), reference_output(maml, batch), list(maml.parameters()))
 
 
+@pytest.mark.slow
 def test_distributed_data_parallel(tmp_path: Path) -> None:
     """Two processes, each with its share of the tasks, take the step that one takes with all of them."""
     start, shares = model(), [tasks(), tasks()]

@@ -15,6 +15,7 @@ from metaaug_fast import _C
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 ENGINE = ROOT / "csrc" / "cpu"
+pytestmark = pytest.mark.slow
 # Optimised it takes three times as long to compile, and finds the same.
 FLAGS = [
     "-std=c++17",
@@ -49,21 +50,21 @@ def program(name: str, sources: list[Path], sanitizers: str, tmp_path: Path) -> 
     if subprocess.run(works, shell=True, capture_output=True, check=False).returncode:
         pytest.skip(f"{compiler[0]} has no working -fsanitize={sanitizers}")
 
-    folder = folder_of(sanitizers, command, run(*compiler, "--version"))
-    objects = {source: folder / f"{source.stem}.o" for source in sources}
-    missing = [source for source, target in objects.items() if not target.exists()]
-    target = folder / name
-    if missing or not target.exists():
+    with folder_of(sanitizers, command, run(*compiler, "--version")) as folder:
+        objects = {source: folder / f"{source.stem}.o" for source in sources}
+        missing = [source for source, target in objects.items() if not target.exists()]
+        target = folder / name
+        if missing or not target.exists():
 
-        def compile_one(source: Path) -> None:
-            run(*command, "-c", source, "-o", tmp_path / objects[source].name)
-            shutil.move(tmp_path / objects[source].name, objects[source])
+            def compile_one(source: Path) -> None:
+                run(*command, "-c", source, "-o", tmp_path / objects[source].name)
+                shutil.move(tmp_path / objects[source].name, objects[source])
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(compile_one, missing))
-        run(*command, *objects.values(), "-pthread", "-o", tmp_path / name)
-        shutil.move(tmp_path / name, target)
-    return target
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(compile_one, missing))
+            run(*command, *objects.values(), "-pthread", "-o", tmp_path / name)
+            shutil.move(tmp_path / name, target)
+        return target
 
 
 def engine() -> list[Path]:
