@@ -8,21 +8,24 @@
 
 from . import data, models
 from .check_gradients import GradientReport, check_gradients
-from .errors import FallbackWarning, NonFiniteError, NotFusedError
+from .errors import CheckpointError, FallbackWarning, FileWriteError, NonFiniteError, NotFusedError
 from .evaluation import Evaluation, evaluate
 from .explain import explain
+from .history import History
 from .inner_loop import FastWeights, inner_loop
 from .learners.maml import MAML
 from .learners.reptile import Reptile
 from .problem import MetaOutput
 from .tasks import TaskBatch
-from .training import History, train
+from .training import train
 
 __all__ = [
     "MAML",
+    "CheckpointError",
     "Evaluation",
     "FallbackWarning",
     "FastWeights",
+    "FileWriteError",
     "GradientReport",
     "History",
     "MetaOutput",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import os
 import signal
 import sys
 import warnings
@@ -12,13 +13,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from tqdm import tqdm
 
 from . import checkpoint as checkpoints
-from . import recipes
+from . import files, recipes
 from .bench import workloads
 from .bench.rivals import RIVALS
 from .bench.scaling import scaling
@@ -28,10 +29,12 @@ from .demo import demo
 from .errors import CheckpointError, NonFiniteError, NotFusedError
 from .evaluation import Evaluation, evaluate
 from .explain import explain
+from .history import History
 from .learners.base import Learner
 from .plots import plot_episode, plot_sinusoid
 from .recipes import Settings
-from .training import History, train
+from .resume import check_count, check_learner
+from .training import train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,15 +56,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(options: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(options).items() if name in Settings.__dataclass_fields__}
     if options.resume is not None:
-        run = _resumed(options.resume, given)
+        resume, run = _resumed(options.resume, given)
     elif "data" not in given:
         raise ValueError(f"--data must be one of {', '.join(recipes.DATA)} (got none)")
     else:
-        run = recipes.settings(**given)
+        resume, run = None, recipes.settings(**given)
     out = options.out or options.resume or Path("runs") / f"{run.learner}-{run.data}.safetensors"
+    with files.claimed(out):
+        return _train_to(out, options, run, resume)
+
+
+def _train_to(out: Path, options: argparse.Namespace, run: Settings, resume: _Resumed | None) -> int:
+    report = _beside(out, ".json")
+    files.try_writing(report)
     learner = recipes.make_learner(run, options.device)
     episodes = {split: recipes.make_episodes(run, split, options.download, options.device) for split in recipes.SPLITS}
-    print(f"{run}; {_where(options.device)}")
+    done = replace(run, steps=max(run.steps, resume.step)) if resume else run
+    print(f"{done}; {_where(options.device)}")
     history = train(
         learner,
         episodes["train"],
@@ -72,27 +83,34 @@ def _train(options: argparse.Namespace) -> int:
         validate_every=options.validate_every or math.ceil(run.steps / 10),
         checkpoint=out,
         checkpoint_every=options.checkpoint_every or min(500, math.ceil(run.steps / 10)),
-        resume=options.resume,
-        config=run.as_dict(),
+        resume=resume and resume.path,
+        config=done.as_dict(),
         progress=not options.quiet,
     )
     print(f"checkpoint: {out}")
     if history.stopped_by is not None:
-        print(f"stopped by {history.stopped_by}; to go on: metaaug-fast train {run.learner} --resume {out}")
+        again = f"metaaug-fast train {run.learner} --resume {out}{_model_option(run)}"
+        print(f"stopped by {history.stopped_by}; to go on: {again}")
         return 128 + signal.Signals[history.stopped_by]
     result = _test(run, learner, options.episodes, episodes["test"])
-    _report(out.with_suffix(".json"), run, options.device, result, history)
+    _report(report, done, options.device, result, history)
     return 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:
     path, state = options.checkpoint, checkpoints.load(options.checkpoint)
     names = ("data", "root", "ways", "shots", "queries", "tasks", "split_styles", "test_steps")
-    run = _settings_of(path, state)
-    learner = recipes.make_learner(run, options.device)
+    run = _settings_of(path, state, options.model)
+    report = options.report or _beside(path, ".evaluation.json")
+    for target in filter(None, (report, options.plot)):
+        if os.path.realpath(target) == os.path.realpath(path):
+            raise ValueError(f"--report and --plot must be other files than the checkpoint (got {target})")
+        files.try_writing(target)
     try:
+        learner = recipes.make_learner(run, options.device)
+        check_learner(learner, state["learner"])
         learner.load_state_dict(state["learner"])
-    except RuntimeError as error:
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} does not fit its model {run.model} ({' '.join(str(error).split())})") from error
     run = replace(run, **{name: value for name, value in vars(options).items() if name in names})
     print(f"{path}: {run}")
@@ -100,7 +118,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     result = _test(run, learner, options.episodes, episodes)
     if options.plot is not None:
         _plot(run, learner, result.steps, options.plot)
-    _report(options.report or path.with_suffix(".evaluation.json"), run, options.device, result)
+    _report(report, run, options.device, result)
     return 0
 
 
@@ -181,21 +199,45 @@ def _plot(run: Settings, learner: Learner, steps: int, path: Path) -> None:
     print(f"picture: {path}")
 
 
-def _resumed(path: Path, given: dict[str, Any]) -> Settings:
+class _Resumed(NamedTuple):
+    """The checkpoint to go on from, and its meta-steps."""
+
+    path: Path
+    step: int
+
+
+def _resumed(path: Path, given: dict[str, Any]) -> tuple[_Resumed, Settings]:
     """The checkpoint's settings; only the number of steps and the place of the data may be others."""
-    run = _settings_of(path, checkpoints.load(path))
+    state, source = checkpoints.load_or_previous(path)
+    run = _settings_of(source, state, given.get("model"))
     for name, value in given.items():
         if name not in ("steps", "root") and getattr(run, name) != value:
             option = "learner" if name == "learner" else f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} must be that of the checkpoint, {getattr(run, name)} (got {value})")
-    return replace(run, **given)
-
-
-def _settings_of(path: Path, state: dict[str, Any]) -> Settings:
     try:
-        return Settings(**state["config"])
-    except (KeyError, TypeError, ValueError) as error:
+        check_count("step", state["step"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{source} was not written by metaaug-fast train ({error})") from error
+    return _Resumed(source, state["step"]), replace(run, **given)
+
+
+def _settings_of(path: Path, state: dict[str, Any], model: str | None) -> Settings:
+    try:
+        return recipes.settings_from_file(state["config"], model)
+    except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} was not written by metaaug-fast train ({error})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from error
+
+
+def _model_option(run: Settings) -> str:
+    """What has to be given again with a checkpoint of the user's own model."""
+    return "" if run.model in recipes.MODELS else f" --model {run.model}"
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    """Where a report lies; never at `path` itself, and another one for `lr0.1` than for `lr0.2`."""
+    return path.with_suffix(suffix) if path.suffix == ".safetensors" else path.with_name(path.name + suffix)
 
 
 def _report(
@@ -210,7 +252,7 @@ def _report(
     }
     if history is not None:
         content["history"] = history.as_dict()
-    checkpoints.write_json(path, content)
+    files.write_json(path, content)
     print(f"report: {path}")
 
 
@@ -252,6 +294,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("evaluate", help="accuracy of a checkpoint on new classes")
     command.set_defaults(run=_evaluate)
     command.add_argument("checkpoint", type=Path)
+    command.add_argument("--model", help="the checkpoint's module:attribute, whose code will run")
     _add_episode_options(command)
     command.add_argument("--report", type=Path, help="JSON report (CHECKPOINT.evaluation.json)")
     command.add_argument("--plot", type=Path, help="picture of the first episode, or of three sinusoids")

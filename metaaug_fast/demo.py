@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from . import recipes
-from .checkpoint import write_json
 from .evaluation import Evaluation, evaluate
+from .files import try_writing, write_json
 from .learners.maml import MAML
 from .losses import task_loss
 from .norms import normalise
@@ -33,6 +33,7 @@ def demo(out: str | Path, steps: int = 300, progress: bool = True) -> None:
     and `learning_curve.png`.
     """
     out = Path(out)
+    try_writing(out / "maml.safetensors")
     run = recipes.settings("maml", "glyphs", steps=steps)
     learner = recipes.make_learner(run)
     assert isinstance(learner, MAML)

@@ -14,4 +14,8 @@ class NonFiniteError(FloatingPointError):
 
 
 class CheckpointError(ValueError):
-    """A file is not a whole checkpoint of this package, or does not fit what is to be resumed."""
+    """A file is not a whole checkpoint of this package, or does not fit what is to be resumed; the message names it."""
+
+
+class FileWriteError(OSError):
+    """A file cannot be written, or another run writes it; the message names it."""

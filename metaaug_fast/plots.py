@@ -16,7 +16,7 @@ from torch import Tensor
 from .tasks import TaskBatch
 
 if TYPE_CHECKING:
-    from .training import History
+    from .history import History
 
 INK, MUTED, GRID = "#1f2430", "#7a8190", "#e4e7ec"
 RIGHT, WRONG, ACCENT, SECOND = "#2a9d5c", "#d1434b", "#2f6fdb", "#e08e1b"
@@ -87,7 +87,7 @@ def plot_learning_curve(history: History, path: str | Path, title: str = "") -> 
     """Accuracy, or the loss where there are no classes, on training and validation episodes over the meta-steps.
 
     >>> import tempfile
-    >>> from metaaug_fast.training import History, Point
+    >>> from metaaug_fast.history import History, Point
     >>> history = History(training=[Point(10, 0.8, 0.7), Point(20, 0.4, 0.9)])
     >>> path = Path(tempfile.mkdtemp()) / "curve.png"
     >>> plot_learning_curve(history, path)

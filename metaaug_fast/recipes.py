@@ -61,6 +61,10 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value, kinds = getattr(self, field.name), _KINDS[str(field.type)]
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                raise ValueError(f"{field.name} must be {field.type} (got {value!r})")
         for name, value, known in (("learner", self.learner, LEARNERS), ("data", self.data, DATA)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)} (got {value!r})")
@@ -91,6 +95,14 @@ class Settings:
         )
 
 
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "str": (str,),
+    "str | None": (str, type(None)),
+    "int": (int,),
+    "int | None": (int, type(None)),
+    "float": (int, float),
+    "bool": (bool,),
+}
 _ONLY = {
     "first_order": "maml",
     "inner_batch": "reptile",
@@ -132,6 +144,23 @@ def settings(learner: str, data: str, **given: Any) -> Settings:
     return Settings(
         learner=learner, data=data, **{**_DEFAULTS.get((learner, data), _DEFAULTS["maml", "glyphs"]), **given}
     )
+
+
+def settings_from_file(content: Mapping[str, Any], model: str | None = None) -> Settings:
+    """The settings that a checkpoint keeps. A file names code by names in `MODELS` only: it may come from anywhere.
+
+    Args:
+        model: a `module:attribute` that the user names too, and so may be imported if the file names it.
+
+    Raises:
+        ValueError, TypeError: they are no settings, or the model is one that the user has not named.
+    """
+    run = Settings(**content)
+    if model is not None and model != run.model:
+        raise ValueError(f"--model must be that of the checkpoint, {run.model} (got {model})")
+    if model is None and run.model not in MODELS:
+        raise ValueError(f"its model is code outside this package, which only you can name: give --model {run.model}")
+    return run
 
 
 def make_model(name: str, ways: int = 5) -> nn.Module:

@@ -3,82 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 
-from . import checkpoint as checkpoints
-from .errors import CheckpointError
+from . import files
 from .evaluation import Evaluation
+from .history import History, Point, ValidationPoint
+from .resume import Resumable, Run
 from .tasks import TaskBatch
 
 POINTS = 200
 """How many points a training curve gets."""
-
-
-class Resumable(Protocol):
-    """An endless stream of batches that can say where it stands, as `data.Episodes` is."""
-
-    def __next__(self) -> TaskBatch: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-@dataclass(frozen=True)
-class Point:
-    """Means over the meta-steps since the point before; accuracy is None for regression."""
-
-    step: int
-    loss: float
-    accuracy: float | None = None
-    tasks_per_second: float = 0.0
-
-
-@dataclass(frozen=True)
-class ValidationPoint:
-    """What `evaluate` found after so many meta-steps: the mean and half its 95 % interval."""
-
-    step: int
-    mean: float
-    interval: float
-
-
-@dataclass
-class History:
-    """What a run did.
-
-    training, validation: the curves. seconds: time in meta-steps, validation and checkpoints left out, summed over
-    resumed runs. stopped_by: the signal that ended it early, or None.
-    """
-
-    training: list[Point] = field(default_factory=list)
-    validation: list[ValidationPoint] = field(default_factory=list)
-    seconds: float = 0.0
-    stopped_by: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain dicts and lists, for a report or a checkpoint."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> History:
-        """The inverse of `as_dict`."""
-        return cls(
-            [Point(**point) for point in content["training"]],
-            [ValidationPoint(**point) for point in content["validation"]],
-            content["seconds"],
-            content["stopped_by"],
-        )
 
 
 def train(
@@ -104,20 +50,26 @@ def train(
             `learner.step(tasks)`, as Reptile does.
         episodes: where `next(episodes)` is a batch of tasks.
         steps: meta-steps in all, those before a resumption included.
-        optimizer: of the learner's parameters. scheduler: stepped after it.
+        optimizer: of the learner's parameters. scheduler: of that optimizer, stepped after it; not ReduceLROnPlateau.
         before_step: called with the number of meta-steps done, for example to set `reptile.meta_lr`.
         validate: called every `validate_every` steps and at the end, for example a call of `evaluate`; no gradient.
         checkpoint: a file to write every `checkpoint_every` steps, at the end and at a stop. It holds the learner, the
-            optimizer, the scheduler, the place in the episodes, torch's CPU generator, the history and `config`.
-        resume: a checkpoint to go on from, exactly as if there had been no stop.
+            optimizer, the scheduler, the place in the episodes, torch's CPU generator, the history and `config`. The
+            file before is kept as `NAME.previous.SUFFIX`. It is tried before any work, and no other run may write it
+            meanwhile.
+        resume: a checkpoint to go on from, exactly as if there had been no stop. Where it is damaged, a warning says
+            so, and the run goes on from the file before.
         config: anything JSON, kept in the checkpoint for the caller.
         progress: a bar with loss, accuracy and tasks per second.
 
     Raises:
-        ValueError: a count is out of range. CheckpointError: the checkpoint to resume is broken or does not fit.
+        ValueError: a count is out of range, or the scheduler cannot be stepped.
+        FileNotFoundError, CheckpointError: the checkpoint to resume is missing, damaged, or does not fit; the learner,
+            the optimizer, the scheduler, the episodes and torch's generator are as they were.
+        FileWriteError: `checkpoint` cannot be written, or another run writes it.
         NonFiniteError: a loss is NaN or infinite; the last checkpoint stays as it was.
 
-    >>> import metaaug_fast as mf
+    >>> import torch, metaaug_fast as mf
     >>> learner = mf.MAML(mf.models.mlp([1, 8, 1]), inner_lr=0.01, loss="mse")
     >>> episodes = mf.data.Episodes(mf.data.Sinusoids(), shots=5, queries=5, tasks=4)
     >>> optimizer = torch.optim.Adam(learner.parameters(), 1e-3)
@@ -127,10 +79,34 @@ def train(
     for name, count in (("steps", steps), ("validate_every", validate_every), ("checkpoint_every", checkpoint_every)):
         if count < 1:
             raise ValueError(f"{name} must be >= 1 (got {count})")
-    run = _Run(learner, episodes, optimizer, scheduler, dict(config or {}))
-    if resume is not None:
-        run.load(resume)
-    device = next(learner.parameters()).device
+    _check_scheduler(scheduler, optimizer)
+    run = Run(learner, episodes, optimizer, scheduler, dict(config or {}))
+    with files.claimed(checkpoint) if checkpoint is not None else contextlib.nullcontext():
+        source = None if resume is None else run.resume(resume)
+        if checkpoint is not None:
+            run.try_saving(checkpoint)
+        if run.step < steps:
+            _loop(run, steps, before_step, validate, validate_every, checkpoint, checkpoint_every, progress)
+        else:
+            warnings.warn(
+                f"{source} has {run.step} meta-steps already, so none is added (steps is {steps})", stacklevel=2
+            )
+            if checkpoint is not None and os.path.realpath(checkpoint) != os.path.realpath(str(source)):
+                run.save(checkpoint)
+    return run.history
+
+
+def _loop(
+    run: Run,
+    steps: int,
+    before_step: Callable[[int], None] | None,
+    validate: Callable[[], Evaluation] | None,
+    validate_every: int,
+    checkpoint: str | Path | None,
+    checkpoint_every: int,
+    progress: bool,
+) -> None:
+    device = next(run.learner.parameters()).device
     recorded, shown = _Meter(), _Meter()
     every = max(1, steps // POINTS)
     shown_at = 0.0
@@ -142,8 +118,8 @@ def train(
             started = time.perf_counter()
             if before_step is not None:
                 before_step(run.step)
-            tasks = next(episodes).to(device)
-            loss, accuracy = run.update(tasks)
+            tasks = next(run.episodes).to(device)
+            loss, accuracy = _update(run, tasks)
             seconds = time.perf_counter() - started
             for meter in (recorded, shown):
                 meter.add(loss, accuracy, tasks.tasks, seconds)
@@ -167,66 +143,30 @@ def train(
                 run.save(checkpoint)
             if stopped_by is not None:
                 break
-    return run.history
 
 
-@dataclass
-class _Run:
-    """All that a checkpoint holds."""
-
-    learner: nn.Module
-    episodes: Resumable
-    optimizer: Optimizer | None
-    scheduler: LRScheduler | None
-    config: dict[str, Any]
-    step: int = 0
-    history: History = field(default_factory=History)
-
-    def update(self, tasks: TaskBatch) -> tuple[Tensor, Tensor | None]:
-        """One meta-step; its mean loss and accuracy."""
-        if self.optimizer is None:
-            out = self.learner.step(tasks)  # type: ignore[operator]
-        else:
-            out = self.learner(tasks)
-            self.optimizer.zero_grad()
-            out.loss.backward()
-            self.optimizer.step()
-            if self.scheduler is not None:
-                self.scheduler.step()
-        self.step += 1
-        return out.loss.detach(), None if out.accuracy is None else out.accuracy.mean()
-
-    def save(self, path: str | Path) -> None:
-        checkpoints.save(
-            path,
-            {
-                "config": self.config,
-                "step": self.step,
-                "learner": self.learner.state_dict(),
-                "optimizer": self.optimizer and self.optimizer.state_dict(),
-                "scheduler": self.scheduler and self.scheduler.state_dict(),
-                "episodes": self.episodes.state_dict(),
-                "generator": torch.get_rng_state(),
-                "history": self.history.as_dict(),
-            },
+def _check_scheduler(scheduler: LRScheduler | None, optimizer: Optimizer | None) -> None:
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError(
+            "scheduler must be one that steps without a metric (got ReduceLROnPlateau; step it yourself in validate)"
         )
+    if scheduler is not None and scheduler.optimizer is not optimizer:
+        raise ValueError("scheduler must be one of the optimizer that is given (got another's)")
 
-    def load(self, path: str | Path) -> None:
-        state = checkpoints.load(path)
-        try:
-            self.learner.load_state_dict(state["learner"])
-            for name, part in (("optimizer", self.optimizer), ("scheduler", self.scheduler)):
-                if (part is None) != (state[name] is None):
-                    raise ValueError(f"{name}: one has it, the other has not")
-                if part is not None:
-                    part.load_state_dict(state[name])
-            self.episodes.load_state_dict(state["episodes"])
-            torch.set_rng_state(state["generator"])
-            self.step, self.history = state["step"], History.from_dict(state["history"])
-        except (KeyError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{path} does not fit what is to be resumed ({reason})") from error
-        self.history.stopped_by = None
+
+def _update(run: Run, tasks: TaskBatch) -> tuple[Tensor, Tensor | None]:
+    """One meta-step; its mean loss and accuracy."""
+    if run.optimizer is None:
+        out = run.learner.step(tasks)  # type: ignore[operator]
+    else:
+        out = run.learner(tasks)
+        run.optimizer.zero_grad()
+        out.loss.backward()
+        run.optimizer.step()
+        if run.scheduler is not None:
+            run.scheduler.step()
+    run.step += 1
+    return out.loss.detach(), None if out.accuracy is None else out.accuracy.mean()
 
 
 class _Meter:

@@ -95,7 +95,8 @@ def test_accuracies_say_whether_they_are_transductive(tmp_path, capsys, monkeypa
         "from metaaug_fast.models import strided_conv4\n\ndef net():\n    return strided_conv4(ways=3, hidden=4)\n"
     )
     monkeypatch.chdir(tmp_path)
-    arguments = ["--data", "glyphs", "--model", "tiny:net", "--ways", "3", "--queries", "2", "--tasks", "2"]
+    own = ["--model", "tiny:net"]
+    arguments = ["--data", "glyphs", *own, "--ways", "3", "--queries", "2", "--tasks", "2"]
     arguments += ["--steps", "2", "--episodes", "4", "--validation-episodes", "2", "--quiet"]
     assert main(["train", "maml", *arguments, "--first-order"]) == 0
     shown = capsys.readouterr().out
@@ -103,7 +104,9 @@ def test_accuracies_say_whether_they_are_transductive(tmp_path, capsys, monkeypa
     assert "transductive" in shown
     assert "first order" in shown
     assert (
-        main(["evaluate", "runs/maml-glyphs.safetensors", "--episodes", "4", "--split-styles", "--plot", "one.svg"])
+        main(
+            ["evaluate", "runs/maml-glyphs.safetensors", *own, "--episodes", "4", "--split-styles", "--plot", "one.svg"]
+        )
         == 0
     )
     assert Path("one.svg").exists()
@@ -285,7 +288,7 @@ def test_real_program_fails_without_a_traceback(tmp_path):
     failed = run("evaluate", truncated)
     assert failed.returncode == 2
     assert failed.stderr.count("\n") == 1
-    assert "c.safetensors is truncated or no checkpoint" in failed.stderr
+    assert "c.safetensors is damaged or no checkpoint" in failed.stderr
 
 
 def test_checkpoints_that_do_not_fit(tmp_path, capsys):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from metaaug_fast import plots
+from metaaug_fast.history import History, Point, ValidationPoint
 from metaaug_fast.tasks import TaskBatch
-from metaaug_fast.training import History, Point, ValidationPoint
 
 
 def picture(path):
@@ -91,7 +91,7 @@ def test_pyplot_is_left_alone(tmp_path):
     script = f"""
 import sys
 from metaaug_fast.plots import plot_learning_curve
-from metaaug_fast.training import History, Point
+from metaaug_fast.history import History, Point
 plot_learning_curve(History([Point(1, 0.5), Point(2, 0.4)]), {str(tmp_path / "c.png")!r})
 assert "matplotlib.pyplot" not in sys.modules
 """

@@ -8,38 +8,16 @@ import time
 
 import pytest
 import torch
-from torch import nn
+from runs import assert_same, parts
 
 from metaaug_fast import checkpoint, training
 from metaaug_fast.data import Episodes, Sinusoids
 from metaaug_fast.errors import CheckpointError, NonFiniteError
 from metaaug_fast.evaluation import evaluate
+from metaaug_fast.history import History, Point, ValidationPoint
 from metaaug_fast.learners.maml import MAML
-from metaaug_fast.learners.reptile import Reptile
 from metaaug_fast.models import mlp
-from metaaug_fast.training import History, Point, ValidationPoint, train
-
-
-def parts(seed=0, dropout=0.0, kind="maml"):
-    """A learner with episodes, and an optimizer and a scheduler where it has them."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 1))
-    episodes = Episodes(Sinusoids(), shots=5, queries=5, tasks=3, seed=seed)
-    if kind == "reptile":
-        return Reptile(model, inner_lr=0.01, inner_batch=2, loss="mse", seed=seed), episodes, {}
-    learner = MAML(model, inner_lr=0.01, loss="mse")
-    optimizer = torch.optim.Adam(learner.parameters(), 1e-2)
-    return (
-        learner,
-        episodes,
-        {"optimizer": optimizer, "scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)},
-    )
-
-
-def assert_same(one, other):
-    ours, theirs = one.state_dict(), other.state_dict()
-    assert list(ours) == list(theirs)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+from metaaug_fast.training import train
 
 
 def test_history_has_the_curves_and_losses_fall():

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint import write_atomically, write_json
+from ..files import write_atomically, write_json
 from . import worker as commands
 from .harness import BUILD_LIMIT, measure, take_turns
 from .machine import check_out, machine

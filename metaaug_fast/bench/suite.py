@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import write_atomically, write_json
 from ..errors import NotFusedError
+from ..files import write_atomically, write_json
 from .ceilings import Ceilings
 from .ceilings import measure as measure_ceilings
 from .harness import measure

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+
+from ..files import write_atomically
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -47,25 +49,15 @@ def cached_arrays(
         except Exception as error:  # Damage can raise anything, and the remedy is always the same.
             warnings.warn(f"{path} is damaged and is made again ({error})", stacklevel=3)
     arrays = make()
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)  # type: ignore[arg-type]
     try:
-        _write(path, arrays)
+        write_atomically(path, content.getvalue())
     except OSError as error:
-        warnings.warn(f"{path} could not be written, so the next start is as slow as this one ({error})", stacklevel=3)
+        warnings.warn(f"{error}; the next start is as slow as this one", stacklevel=3)
     return arrays
 
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file; of a module's own `__file__`, it makes every change of the code a new key."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _write(path: Path, arrays: Arrays) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=path.stem, suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -57,7 +59,9 @@ def test_damaged_file_is_made_again_with_a_warning(made, tmp_path, rng, damage):
 def test_unwritable_cache_is_a_warning(made, tmp_path):
     arrays, get, _ = made
     (tmp_path / "file").write_text("in the way")
-    with pytest.warns(UserWarning, match="could not be written"):
+    with pytest.warns(
+        UserWarning, match=r"below/thing-.* cannot be written \(Not a directory\); the next start is as slow"
+    ):
         assert same(get(cache_dir=tmp_path / "file" / "below"), arrays)
 
 
@@ -71,6 +75,18 @@ def test_interrupted_write_leaves_nothing(made, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         get()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_leaves_is_removed(made, tmp_path):
+    """Killed when the file was written but had not its name yet."""
+    arrays, get, _ = made
+    script = "import os, numpy, sys; from metaaug_fast.data.cache import cached_arrays\n"
+    script += "os.replace = lambda *_: os.kill(os.getpid(), 9)\n"
+    script += "cached_arrays('other', [], lambda: {'a': numpy.ones(3)}, sys.argv[1])"
+    assert subprocess.run([sys.executable, "-c", script, tmp_path], check=False).returncode == -9
+    assert len(list(tmp_path.iterdir())) == 1
+    assert same(get(), arrays)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".npz"]
 
 
 def test_folder(monkeypatch, tmp_path):

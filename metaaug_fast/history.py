@@ -1,0 +1,59 @@
+"""What a run did: its curves, its time, and what ended it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Point:
+    """Means over the meta-steps since the point before; accuracy is None for regression."""
+
+    step: int
+    loss: float
+    accuracy: float | None = None
+    tasks_per_second: float = 0.0
+
+
+@dataclass(frozen=True)
+class ValidationPoint:
+    """What `evaluate` found after so many meta-steps: the mean and half its 95 % interval."""
+
+    step: int
+    mean: float
+    interval: float
+
+
+@dataclass
+class History:
+    """What a run did.
+
+    training, validation: the curves. seconds: time in meta-steps, validation and checkpoints left out, summed over
+    resumed runs. stopped_by: the signal that ended it early, or None.
+    """
+
+    training: list[Point] = field(default_factory=list)
+    validation: list[ValidationPoint] = field(default_factory=list)
+    seconds: float = 0.0
+    stopped_by: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dicts and lists, for a report or a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> History:
+        """The inverse of `as_dict`; ValueError or TypeError if `content` is something else."""
+        history = cls(
+            [Point(**point) for point in content["training"]],
+            [ValidationPoint(**point) for point in content["validation"]],
+            content["seconds"],
+            content["stopped_by"],
+        )
+        points: list[Any] = [*history.training, *history.validation]
+        numbers = [history.seconds, *(value for each in points for value in vars(each).values() if value is not None)]
+        if not all(isinstance(number, (int, float)) for number in numbers):
+            raise ValueError("history must hold numbers")
+        return history
