@@ -17,7 +17,7 @@ CUDA    := $(filter %.cu,$(NATIVE))
 PYTEST  := $(BIN)/python -m pytest -q -n auto --dist loadgroup
 SOURCES := $(wildcard setup.py pyproject.toml) $(filter csrc/%,$(NATIVE))
 
-.PHONY: help venv install demo test check test-quick test-oldest test-gpu cuda cuda-link bench bench-ops lint format clean
+.PHONY: help venv install demo test check test-quick test-oldest test-emulation test-gpu cuda cuda-link bench bench-ops lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make check     formatters, linters, types, quick tests: 90 s on two cores once built"
 	@echo "make test      that, native sanitizers, the GPU engine in an emulation, slow tests, and nvcc where it is"
 	@echo "make test-oldest  the tests of make check with torch $(OLDEST_TORCH) and $(OLDEST_PYTHON), in $(VENV)-oldest"
+	@echo "make test-emulation  the GPU engine on the host by every test of the fused engine, of which make test takes a sample"
 	@echo "make test-gpu  build for the GPU that is here, check every kernel on it, then time it (needs CUDA torch and nvcc)"
 	@echo "make cuda-link build with CUDA against $(TORCH_CUDA) in $(VENV)-cuda and import it; needs nvcc, 6 GB, no GPU"
 	@echo "make lint      formatters, linters, types"
@@ -95,6 +96,9 @@ test-quick: install
 # What is promised at least.
 test-oldest:
 	@METAAUG_CUDA=0 $(MAKE) --no-print-directory test-quick VENV=$(VENV)-oldest TORCH="$(OLDEST_TORCH)" PYTHON="$(OLDEST_PYTHON)"
+
+test-emulation: install
+	METAAUG_EMULATION_TESTS=all $(PYTEST) tests/test_emulation.py
 
 # With the interpreter that has a CUDA build of torch: a machine with a GPU may have no network for an environment of ours.
 test-gpu:

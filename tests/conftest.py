@@ -1,10 +1,37 @@
 """What every test has: fresh random numbers, one thread, and the real data where there are any."""
 
 import os
+import random
 from pathlib import Path
 
 import pytest
 import torch
+
+
+def pytest_configure() -> None:
+    """Processes that share a run draw the same sample."""
+    os.environ.setdefault("METAAUG_EMULATION_TESTS", str(random.SystemRandom().randrange(10**6)))
+
+
+def pytest_report_header() -> str:
+    drawn = os.environ["METAAUG_EMULATION_TESTS"]
+    return f"emulation: a sample of its tests, METAAUG_EMULATION_TESTS={drawn} (all: every one)"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of each test that runs in the emulation, which is slow, keep one case; of none those that do not run there."""
+    drawn = os.environ["METAAUG_EMULATION_TESTS"]
+    emulated = [item for item in items if "emulation" in getattr(item, "fixturenames", ())]
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in emulated:
+        if item.callspec.params.get("backend") != "fallback":
+            cases.setdefault(item.originalname, []).append(item)
+    kept = [cases[test] if drawn == "all" else [random.Random(f"{drawn} {test}").choice(cases[test])] for test in cases]
+    left_out = set(emulated).difference(*kept)
+    if left_out:
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(autouse=True)

@@ -1,17 +1,24 @@
 """The GPU engine's device code in the host emulation (tests/native/emulation.h), by the tests of the CPU engine.
 
-What is imported here is collected here too, and runs with an extension whose every call goes through the device code.
+Every test of those modules that runs the engine is collected here too, with an extension whose every call goes through
+the device code, but those that say why they are the CPU's alone. conftest.py takes a sample of them.
 """
 
+import inspect
 from dataclasses import replace
 
 import pytest
+import test_check_gradients
 import test_fused
+import test_inner_loop
+import test_ops
 import torch
 from builds import NATIVE, ROOT, folder_of
 from exactness import assert_close, errors
-from test_fused import (  # noqa: F401
+from learners import test_maml, test_reptile
+from test_fused import (
     Draw,
+    asked_for,  # noqa: F401
     cast,
     conv_sets,
     convolutional,
@@ -19,13 +26,7 @@ from test_fused import (  # noqa: F401
     mlp,
     perceptron_sets,
     run_all,
-    test_a_loss_of_ones_own_on_predictions_of_adapted_weights,
-    test_perceptrons_of_round_and_other_sizes,
-    test_random_networks,
-    test_sizes_at_the_edge,
-    test_what_is_not_finite_is_named_by_task_and_step,
 )
-from test_inner_loop import test_weights_and_gradients_are_the_references  # noqa: F401
 from torch import nn
 from torch.utils import cpp_extension
 
@@ -40,6 +41,21 @@ from metaaug_fast.problem import inner_problem
 ROUNDOFF = {"tf32": 2.0**-11, "bf16": 2.0**-9}
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_numbers", "emulation")]
+
+
+def adopted() -> dict[str, object]:
+    """All tests of the modules about it, and of the others those that take a backend; by module and name."""
+    found = {}
+    for module in (test_fused, test_ops, test_inner_loop, test_maml, test_reptile, test_check_gradients):
+        prefix = module.__name__.rpartition(".")[2]
+        for name, value in vars(module).items():
+            about_it = module in (test_fused, test_ops)
+            if name.startswith("test_") and (about_it or "backend" in inspect.signature(value).parameters):
+                found[prefix + name.removeprefix("test")] = value
+    return found
+
+
+globals().update(adopted())
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +78,14 @@ def extension():
 # Too little shared memory for any task, enough for small ones, or for all.
 @pytest.fixture(params=[1 << 10, 9000, 200_000], ids="shared={}".format)
 def emulation(request, extension, monkeypatch):
+    if mark := request.node.get_closest_marker("cpu_only"):
+        pytest.skip(f"the CPU's alone: {mark.args[0]}")
     assert extension.instruction_set() == "emulation"
     monkeypatch.setattr(fused, "_C", extension)
     monkeypatch.setenv("METAAUG_SHARED_BYTES", str(request.param))
     if request.param == 9000:  # a step's activations are kept, and a task's gradient
         monkeypatch.setenv("METAAUG_KEEP_MIB", "0")
     return request.param
-
-
-@pytest.mark.parametrize("kind", ["perceptron", "convolutional"])
-def test_single_precision(kind):
-    test_fused.test_single_precision(kind, 3)
 
 
 def test_the_way_that_a_shape_takes_is_told(emulation):

@@ -10,6 +10,7 @@ import textwrap
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Barrier
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from metaaug_fast.norms import forward, update_running
 from metaaug_fast.problem import InnerProblem, Query, Support, inner_problem
 
 pytestmark = pytest.mark.usefixtures("fresh_numbers")
+on_its_own = pytest.mark.cpu_only("a process of its own does not run in the emulation")
 
 
 # --- random networks ------------------------------------------------------------------------------------------------
@@ -469,6 +471,25 @@ def test_calls_from_two_threads_take_turns():
             assert all(torch.equal(value, each[name]) for name, value in expected.items())
 
 
+def test_first_calls_from_many_threads_share_an_engine():
+    """It is made by the first call that needs it, while others come."""
+    sets, model = perceptron_sets(), mlp()
+    call = (inner_problem(model, 0.1, 1), *sets)
+    expected = run_all(*call)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            problem = replace(call[0], model=copy.deepcopy(model))
+            executor, gate = executor_of(problem, sets[0].x), Barrier(4)
+            executor.engine(problem)  # what Python keeps is there; the engine in it is not
+
+            def adapt(_: int, executor=executor, problem=problem, gate=gate) -> Tensor:
+                gate.wait()
+                return executor.adapt(problem, sets[0])
+
+            for found in pool.map(adapt, range(4)):
+                assert torch.equal(found, expected["flat"])
+
+
 def perceptron_sets(tasks: int = 3, samples: int = 6) -> tuple[Support, Query]:
     """Sets for `mlp` with class ids."""
     x, y = randn(2, tasks, samples, 4), torch.randint(2, (2, tasks, samples))
@@ -496,17 +517,24 @@ def test_sizes_at_the_edge(tasks, samples, queries, steps, batch_norm):
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("width", [3, 40, 100])
 def test_activations_kept_for_some_of_the_steps_or_computed_again(width, rows, monkeypatch):
-    """The engine keeps as many steps as fit: here all of them, two or three, and one; the bits are the same."""
+    """The engine keeps as many steps as fit: here all of them, two or three, and one."""
     support, query = conv_sets(tasks=2, supports=7)
     if rows:
         support = replace(support, rows=torch.randint(7, (2, 5, 6)))
-    lr, found = (0.3 * rand(5)).requires_grad_(), []
-    model = convolutional(width=width)
+    lr, model = (0.3 * rand(5)).requires_grad_(), convolutional(width=width)
     for mib in (0, 1, 256):
         monkeypatch.setenv("METAAUG_KEEP_MIB", str(mib))
         problem = inner_problem(copy.deepcopy(model), lr, 5, momentum=0.5)
         assert_exact(problem, support, query)
-        found.append(run_all(problem, support, query))
+
+
+@pytest.mark.cpu_only("on a GPU the budget says how many tasks run at once, and so which blocks share a sum")
+@pytest.mark.parametrize("width", [3, 40, 100])
+def test_the_same_bits_whatever_is_kept(width, monkeypatch):
+    calls, found = (inner_problem(convolutional(width=width), 0.1, 5), *conv_sets(tasks=2, supports=7)), []
+    for mib in (0, 1, 256):
+        monkeypatch.setenv("METAAUG_KEEP_MIB", str(mib))
+        found.append(run_all(*calls))
     for other in found[1:]:
         assert all(torch.equal(value, other[name]) for name, value in found[0].items())
 
@@ -695,6 +723,7 @@ def test_per_step_tensors_of_one_model_may_differ_between_calls():
         assert_exact(inner_problem(model, 0.1, 3, batch_norm="per_step", parameters=rows), support, query)
 
 
+@pytest.mark.cpu_only("only there are parameters packed")
 def test_a_parameter_that_two_ops_lay_out_differently_is_not_fused():
     support, _ = perceptron_sets()
     model = mlp()
@@ -764,6 +793,7 @@ def block_sets(differentiable: bool = False) -> tuple[Support, Query]:
     return support, query
 
 
+@pytest.mark.cpu_only("a GPU has one")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_instruction_sets_agree(dtype, monkeypatch):
     calls = [
@@ -790,6 +820,7 @@ def test_instruction_sets_agree(dtype, monkeypatch):
             assert_close(got, expected, 1000 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.cpu_only("a GPU has one")
 def test_an_unknown_instruction_set_is_refused(monkeypatch):
     support, query = perceptron_sets()
     problem = inner_problem(mlp(), 0.1, 1)
@@ -819,6 +850,7 @@ def python(program: str, timeout: float = 120) -> str:
     return run.stdout
 
 
+@on_its_own
 def test_another_thread_runs_meanwhile_and_ctrl_c_stops_the_call():
     """The call would take many minutes; a thread that counts beside it interrupts it, and it must stop on its own."""
     program = """
@@ -849,6 +881,7 @@ def test_another_thread_runs_meanwhile_and_ctrl_c_stops_the_call():
     assert out.split("\n")[:3] == ["counted 19", "interrupted", "usable True"]
 
 
+@on_its_own
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes do not fork here")
 def test_a_forked_child_computes_the_same():
     """As a data loader's workers do; the threads that a call has left behind are not in the child."""
@@ -868,6 +901,7 @@ def test_a_forked_child_computes_the_same():
     assert out == "child 0\n"
 
 
+@on_its_own
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 def test_peak_memory_without_kept_activations_grows_by_the_weights_of_each_step_and_nothing_else(monkeypatch):
     """From one step to twenty: nineteen more theta_k for each thread's task at work, and a tenth on top."""

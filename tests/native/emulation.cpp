@@ -1,5 +1,7 @@
+#undef _FORTIFY_SOURCE  // its longjmp knows of one stack alone
 #include "emulation.h"
 
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -8,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <random>
 #include <stdexcept>
@@ -45,6 +48,8 @@ class Stack {
 
 struct Fiber {
   ucontext_t context;
+  jmp_buf left;
+  bool entered = false;
   Stack stack;
   State state = State::kEnded;
   bool vote = false;
@@ -55,6 +60,7 @@ struct Fiber {
 
 struct Machine {
   ucontext_t scheduler;
+  jmp_buf waiting;  // the scheduler
   const void* scheduler_stack = nullptr;
   size_t scheduler_size = 0;
   std::vector<Fiber> fibers;
@@ -65,52 +71,61 @@ struct Machine {
   bool any = false;
 };
 
-thread_local Machine machine;
+// Asked for at every turn, so at a place that is known without a call.
+__attribute__((tls_model("initial-exec"))) thread_local Machine* machine = nullptr;
 
+#if defined(__SANITIZE_ADDRESS__)
 // The sanitizer wants to know of every change of stacks.
 void enter(Fiber& fiber) {
-#if defined(__SANITIZE_ADDRESS__)
   void* fake = nullptr;
   __sanitizer_start_switch_fiber(&fake, fiber.stack.data(), kStack);
-  swapcontext(&machine.scheduler, &fiber.context);
+  swapcontext(&machine->scheduler, &fiber.context);
   __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
-#else
-  swapcontext(&machine.scheduler, &fiber.context);
-#endif
 }
 
 void leave(State state) {
-  Fiber& fiber = machine.fibers[machine.current];
+  Fiber& fiber = machine->fibers[machine->current];
   fiber.state = state;
-#if defined(__SANITIZE_ADDRESS__)
   void* fake = nullptr;
   const bool ends = state == State::kEnded;
-  __sanitizer_start_switch_fiber(ends ? nullptr : &fake, machine.scheduler_stack, machine.scheduler_size);
-  swapcontext(&fiber.context, &machine.scheduler);
-  __sanitizer_finish_switch_fiber(fake, &machine.scheduler_stack, &machine.scheduler_size);
-#else
-  swapcontext(&fiber.context, &machine.scheduler);
-#endif
+  __sanitizer_start_switch_fiber(ends ? nullptr : &fake, machine->scheduler_stack, machine->scheduler_size);
+  swapcontext(&fiber.context, &machine->scheduler);
+  __sanitizer_finish_switch_fiber(fake, &machine->scheduler_stack, &machine->scheduler_size);
 }
+#else
+// Only the first change to a stack asks the system for anything.
+void enter(Fiber& fiber) {
+  if (_setjmp(machine->waiting)) return;
+  if (fiber.entered) _longjmp(fiber.left, 1);
+  fiber.entered = true;
+  setcontext(&fiber.context);
+}
+
+void leave(State state) {
+  Fiber& fiber = machine->fibers[machine->current];
+  fiber.state = state;
+  if (!_setjmp(fiber.left)) _longjmp(machine->waiting, 1);
+}
+#endif
 
 void entry() {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack, &machine.scheduler_size);
+  __sanitizer_finish_switch_fiber(nullptr, &machine->scheduler_stack, &machine->scheduler_size);
 #endif
-  (*machine.kernel)();
+  (*machine->kernel)();
   leave(State::kEnded);
 }
 
 bool all(size_t first, size_t last, State state) {
-  return std::all_of(machine.fibers.begin() + first, machine.fibers.begin() + last,
+  return std::all_of(machine->fibers.begin() + first, machine->fibers.begin() + last,
                      [=](const Fiber& fiber) { return fiber.state == state; });
 }
 
 void release_warps() {
-  for (size_t first = 0; first < machine.fibers.size(); first += kWarp) {
-    const size_t last = std::min(first + kWarp, machine.fibers.size());
+  for (size_t first = 0; first < machine->fibers.size(); first += kWarp) {
+    const size_t last = std::min(first + kWarp, machine->fibers.size());
     if (last - first < kWarp || !all(first, last, State::kInWarp)) continue;
-    Fiber* lanes = &machine.fibers[first];
+    Fiber* lanes = &machine->fibers[first];
     const size_t size = lanes[0].size;
     std::vector<double> values(kWarp * size / sizeof(double) + 1);
     char* bytes = reinterpret_cast<char*>(values.data());
@@ -127,62 +142,63 @@ void release_warps() {
 }
 
 void release_barriers() {
-  const size_t threads = machine.threads;
-  for (size_t first = 0; first < machine.fibers.size(); first += threads)
+  const size_t threads = machine->threads;
+  for (size_t first = 0; first < machine->fibers.size(); first += threads)
     if (all(first, first + threads, State::kAtBlockBarrier))
-      for (size_t i = first; i < first + threads; ++i) machine.fibers[i].state = State::kReady;
-  if (!all(0, machine.fibers.size(), State::kAtBarrier)) return;
-  machine.any = false;
-  for (Fiber& fiber : machine.fibers) {
-    machine.any |= fiber.vote;
+      for (size_t i = first; i < first + threads; ++i) machine->fibers[i].state = State::kReady;
+  if (!all(0, machine->fibers.size(), State::kAtBarrier)) return;
+  machine->any = false;
+  for (Fiber& fiber : machine->fibers) {
+    machine->any |= fiber.vote;
     fiber.state = State::kReady;
   }
 }
 
 void check_progress() {
   int count[5] = {};
-  for (const Fiber& fiber : machine.fibers) ++count[int(fiber.state)];
-  if (count[int(State::kReady)] || count[int(State::kEnded)] == int(machine.fibers.size())) return;
+  for (const Fiber& fiber : machine->fibers) ++count[int(fiber.state)];
+  if (count[int(State::kReady)] || count[int(State::kEnded)] == int(machine->fibers.size())) return;
   const auto number = [&](State state) { return std::to_string(count[int(state)]); };
-  throw std::logic_error("team " + std::to_string(machine.team) + ": of " + std::to_string(machine.fibers.size()) +
+  throw std::logic_error("team " + std::to_string(machine->team) + ": of " + std::to_string(machine->fibers.size()) +
                          " threads, " + number(State::kAtBarrier) + " wait at a barrier, " +
                          number(State::kAtBlockBarrier) + " at their block's, " + number(State::kInWarp) +
                          " in a warp's sum, and " + number(State::kEnded) + " have ended");
 }
 
 void run_team(std::mt19937& generator) {
-  for (const auto& shared : machine.shared) std::memset(shared.get(), kPoison, machine.shared_bytes + kGuard);
-  std::vector<int> order(machine.fibers.size());
+  for (const auto& shared : machine->shared) std::memset(shared.get(), kPoison, machine->shared_bytes + kGuard);
+  std::vector<int> order(machine->fibers.size());
   for (size_t i = 0; i < order.size(); ++i) {
-    Fiber& fiber = machine.fibers[i];
+    Fiber& fiber = machine->fibers[i];
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
     fiber.context.uc_stack.ss_size = kStack;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, entry, 0);
     fiber.state = State::kReady;
+    fiber.entered = false;
     order[i] = int(i);
   }
-  std::vector<char> sleeps(machine.members);  // so that blocks get far ahead of each other
-  while (!all(0, machine.fibers.size(), State::kEnded)) {
+  std::vector<char> sleeps(machine->members);  // so that blocks get far ahead of each other
+  while (!all(0, machine->fibers.size(), State::kEnded)) {
     std::shuffle(order.begin(), order.end(), generator);
-    for (char& each : sleeps) each = machine.members > 1 && generator() % 4 == 0 ? !each : each;
+    for (char& each : sleeps) each = machine->members > 1 && generator() % 4 == 0 ? !each : each;
     bool any = false;
     for (int i : order) {
-      if (machine.fibers[i].state != State::kReady || sleeps[i / machine.threads]) continue;
+      if (machine->fibers[i].state != State::kReady || sleeps[i / machine->threads]) continue;
       any = true;
-      machine.current = i;
-      enter(machine.fibers[i]);
+      machine->current = i;
+      enter(machine->fibers[i]);
     }
     if (!any) std::fill(sleeps.begin(), sleeps.end(), 0);  // the others wait for them
     release_warps();
     release_barriers();
     check_progress();
   }
-  for (const auto& shared : machine.shared) {
-    const char* guard = shared.get() + machine.shared_bytes;
+  for (const auto& shared : machine->shared) {
+    const char* guard = shared.get() + machine->shared_bytes;
     if (std::any_of(guard, guard + kGuard, [](char byte) { return static_cast<unsigned char>(byte) != kPoison; }))
-      throw std::logic_error("team " + std::to_string(machine.team) + " wrote beyond its shared memory");
+      throw std::logic_error("team " + std::to_string(machine->team) + " wrote beyond its shared memory");
   }
 }
 
@@ -234,6 +250,8 @@ void multiply_lanes(void* values) {
 }
 
 uint32_t next_seed() {
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
   static std::mt19937 seeds([] {
     const char* asked = std::getenv("METAAUG_EMULATION_SEED");
     return asked ? uint32_t(std::strtoul(asked, nullptr, 10)) : std::random_device()();
@@ -244,35 +262,37 @@ uint32_t next_seed() {
 }  // namespace
 
 void run(int teams, int members, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
-  machine.teams = teams;
-  machine.members = members;
-  machine.threads = threads;
-  machine.shared_bytes = shared_bytes;
-  machine.shared.clear();
-  for (int i = 0; i < members; ++i) machine.shared.emplace_back(new char[shared_bytes + kGuard]);
-  machine.kernel = &kernel;
-  machine.fibers.resize(size_t(members) * threads);
+  static thread_local Machine kept;
+  machine = &kept;
+  machine->teams = teams;
+  machine->members = members;
+  machine->threads = threads;
+  machine->shared_bytes = shared_bytes;
+  machine->shared.clear();
+  for (int i = 0; i < members; ++i) machine->shared.emplace_back(new char[shared_bytes + kGuard]);
+  machine->kernel = &kernel;
+  machine->fibers.resize(size_t(members) * threads);
   std::mt19937 generator(next_seed());
-  for (machine.team = 0; machine.team < teams; ++machine.team) run_team(generator);
+  for (machine->team = 0; machine->team < teams; ++machine->team) run_team(generator);
 }
 
-int thread() { return machine.current % machine.threads; }
-int threads() { return machine.threads; }
-int member() { return machine.current / machine.threads; }
-int members() { return machine.members; }
-int team() { return machine.team; }
-int teams() { return machine.teams; }
-char* shared_memory() { return machine.shared[member()].get(); }
+int thread() { return machine->current % machine->threads; }
+int threads() { return machine->threads; }
+int member() { return machine->current / machine->threads; }
+int members() { return machine->members; }
+int team() { return machine->team; }
+int teams() { return machine->teams; }
+char* shared_memory() { return machine->shared[member()].get(); }
 void block_sync() { leave(State::kAtBlockBarrier); }
 
 bool sync_or(bool value) {
-  machine.fibers[machine.current].vote = value;
+  machine->fibers[machine->current].vote = value;
   leave(State::kAtBarrier);
-  return machine.any;
+  return machine->any;
 }
 
 void exchange(void* value, size_t size, void (*combine)(void*)) {
-  Fiber& fiber = machine.fibers[machine.current];
+  Fiber& fiber = machine->fibers[machine->current];
   fiber.given = value;
   fiber.size = size;
   fiber.combine = combine;

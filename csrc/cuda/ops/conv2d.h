@@ -52,14 +52,15 @@ struct Conv2d {
     return node.in[0].pixels() == 1 && op.kernel.y * op.kernel.x == 1 && op.padding.y == 0 && op.padding.x == 0;
   }
 
-  // y or, `tangent`, y_t: bias and the sum of inputs and weights.
+  // y or, `tangent`, y_t: bias and the sum of inputs and weights. Where the bias alone moves there are no terms, and no
+  // tiles, which are of products.
   METAAUG_DEVICE static void convolve(const OpCall<T>& call, const Product<T>* products, int terms, const T* bias,
                                       bool tangent) {
     const Node& node = *call.node;
     const Op& op = node.op;
     const Shape &in = node.in[0], &out = node.out;
-    const int pixels = out.pixels(), kernel = op.kernel.y * op.kernel.x;
-    if (call.tiles.used) return Conv2dTiles<T>(call).convolve(products, terms, bias, tangent);
+    const int kernel = op.kernel.y * op.kernel.x;
+    if (call.tiles.used && terms > 0) return Conv2dTiles<T>(call).convolve(products, terms, bias, tangent);
     if (linear(node))
       return Linear<T>::convolve(call.images, in.channels, out.channels, products, terms, bias,
                                  [&](int n, int o, T value) { call.put_value(tangent, n * out.channels + o, value); });

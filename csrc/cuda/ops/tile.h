@@ -117,7 +117,8 @@ class Tile {
  public:
   METAAUG_DEVICE explicit Tile(const TileRoom<T>& room) : room(room) {}
 
-  // The sum over terms and k of a[m, k] b[n, k], handed to store(m, n, value); every thread of the team must call.
+  // The sum over terms, at least one, and k of a[m, k] b[n, k], handed to store(m, n, value); every thread of the team
+  // must call.
   // `turn`: 0 or 1, another one than of a product that no barrier divides from this one.
   template <class A, class B, class Store>
   METAAUG_DEVICE void multiply(int turn, int rows, int columns, int depth, const Product<T>* products, int terms,
