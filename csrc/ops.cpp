@@ -104,11 +104,20 @@ cpu::Parallel on_all_threads(const std::function<bool()>& poll, std::atomic<bool
 
 }  // namespace
 
+template <class T>
+cpu::Engine<T>& FusedEngine::on_cpu() {
+  const std::lock_guard<std::mutex> lock(making_);
+  auto& engine = engines<T>().cpu;
+  if (!engine) engine = cpu::make_engine<T>(graph_);
+  return *engine;
+}
+
 #if defined(METAAUG_CUDA) || defined(METAAUG_EMULATION)
 template <class T>
-cuda::Engine<T>& FusedEngine::on_gpu(int device) {
+cuda::Engine<T>& FusedEngine::on_gpu(int device, void* stream) {
+  const std::lock_guard<std::mutex> lock(making_);
   auto& engine = engines<T>().cuda[device];
-  if (!engine) engine = cuda::make_engine<T>(graph_);
+  if (!engine) engine = cuda::make_engine<T>(graph_, stream);
   return *engine;
 }
 
@@ -120,13 +129,14 @@ NonFinite FusedEngine::run_cuda(const Call<T>& call, at::Device device) {
     memory.push_back(at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device)));
     return memory.back().mutable_data_ptr();
   };
-  return on_gpu<T>(device.index()).run(call, {current.stream(), allocate}, false);
+  return on_gpu<T>(device.index(), current.stream()).run(call, {current.stream(), allocate}, false);
 }
 
 cuda::Footprint FusedEngine::footprint(const Settings& settings, int samples, at::ScalarType dtype, int device) {
   const OnDevice current(at::Device(at::kCUDA, at::DeviceIndex(device)));
-  return dtype == at::kDouble ? on_gpu<double>(device).footprint(settings, samples)
-                              : on_gpu<float>(device).footprint(settings, samples);
+  void* const stream = current.stream();
+  return dtype == at::kDouble ? on_gpu<double>(device, stream).footprint(settings, samples, stream)
+                              : on_gpu<float>(device, stream).footprint(settings, samples, stream);
 }
 #else
 template <class T>
@@ -240,9 +250,7 @@ std::map<std::string, at::Tensor> FusedEngine::run_as(const Settings& settings, 
     failure = run_cuda(call, device);
     if (loss) at::mean_out(result.at("loss"), result.at("task_losses"), {0});
   } else {
-    auto& engine = engines<T>().cpu;
-    if (!engine) engine = cpu::make_engine<T>(graph_);
-    failure = engine->run(call, on_all_threads(poll, interrupted));
+    failure = on_cpu<T>().run(call, on_all_threads(poll, interrupted));
     if (interrupted) return {};
     if (loss) *loss = std::accumulate(call.task_losses, call.task_losses + tasks, T(0)) / T(tasks);
   }

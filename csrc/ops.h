@@ -5,6 +5,7 @@
 
 #include <map>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <tuple>
 
@@ -67,10 +68,13 @@ class FusedEngine {
   template <class T>
   NonFinite run_cuda(const Call<T>& call, at::Device device);
   template <class T>
-  cuda::Engine<T>& on_gpu(int device);
+  cuda::Engine<T>& on_gpu(int device, void* stream);
+  template <class T>
+  cpu::Engine<T>& on_cpu();
 
   Graph graph_;
-  std::tuple<Engines<float>, Engines<double>> engines_;
+  std::tuple<Engines<float>, Engines<double>> engines_;  // made by the first call that needs them
+  std::mutex making_;
 };
 
 // Draws tasks from images [N, ...] that lie on a GPU, grouped by class: class c has sizes[c] of them from first[c] on.

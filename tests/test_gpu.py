@@ -1,6 +1,7 @@
 """The CUDA engine on a GPU against the specification in float64, for `make test-gpu`; skipped where there is none."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -190,10 +191,114 @@ def test_a_meta_step_can_be_captured_in_a_graph(shared_bytes):
     expected, graph = step(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
+    for samples in range(1, 80):  # more plans than an engine keeps, apart from what a graph has captured
+        small = on_gpu(problem, *perceptron_sets(samples=samples), dtype=torch.float32)[1:]
+        executor.meta_loss(problem, *small)
     for value in captured.values():
         value.zero_()
     graph.replay()
     assert all(torch.equal(captured[name], expected[name]) for name in expected)
+
+
+def test_a_replay_that_is_not_finite_is_named_by_the_next_call():
+    problem, support, query = on_gpu(inner_problem(mlp(), 0.1, 3), *perceptron_sets(tasks=5), dtype=torch.float32)
+    executor, graph, x = executor_of(problem, support.x), torch.cuda.CUDAGraph(), support.x.detach().clone()
+    executor.meta_loss(problem, replace(support, x=x), query)
+    with torch.cuda.graph(graph):
+        executor.meta_loss(problem, replace(support, x=x), query)
+    graph.replay()
+    executor.meta_loss(problem, support, query)
+    x[3, 0, 0] = torch.nan
+    graph.replay()
+    torch.cuda.synchronize()
+    with pytest.raises(NonFiniteError, match=r"^in an earlier call, task 3, step 0: loss is nan"):
+        executor.meta_loss(problem, support, query)
+
+
+def test_what_a_graph_would_repeat_or_allocate_is_refused():
+    def captured(call):
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            call()
+
+    problem, support, query = on_gpu(inner_problem(mlp(), 0.1, 1), *perceptron_sets(), dtype=torch.float32)
+    executor = executor_of(problem, support.x)
+    for _ in range(2):  # without an engine, and with one that has no plan
+        with pytest.raises(ValueError, match="must have run before it is captured in a CUDA graph"):
+            captured(lambda: executor.meta_loss(problem, support, query))
+        executor.meta_loss(problem, replace(support, x=support.x[:, :2], y=support.y[:, :2]), query)
+    dropout = inner_problem(nn.Sequential(nn.Dropout(0.5), problem.model), 0.1, 1, seed=1)
+    executor_of(dropout, support.x).meta_loss(dropout, support, query)
+    with pytest.raises(ValueError, match="dropout cannot be captured"):
+        captured(lambda: executor_of(dropout, support.x).meta_loss(dropout, support, query))
+    images = ClassImages.from_arrays(torch.randint(256, (50, 6, 6)).byte(), torch.arange(50) % 10).to("cuda")
+    episodes = mf.data.Episodes(images, ways=5, tasks=4)
+    next(episodes)
+    with pytest.raises(ValueError, match="episodes cannot be drawn in a CUDA graph"):
+        captured(lambda: next(episodes))
+    executor.meta_loss(problem, support, query)
+    torch.cuda.synchronize()
+
+
+def test_a_failure_is_told_although_calls_behind_it_were_queued():
+    problem, support, query = on_gpu(inner_problem(mlp(), 0.1, 3), *perceptron_sets(tasks=5), dtype=torch.float32)
+    executor = executor_of(problem, support.x)
+    bad = support.x.detach().clone()
+    bad[3, 0, 0] = torch.nan
+    executor.meta_loss(problem, support, query)
+    torch.cuda._sleep(10**9)  # half a second
+    executor.meta_loss(problem, replace(support, x=bad), query)
+    for _ in range(3):
+        executor.meta_loss(problem, support, query)
+    torch.cuda.synchronize()
+    with pytest.raises(NonFiniteError, match=r"^in an earlier call, task 3, step 0: loss is nan"):
+        executor.meta_loss(problem, support, query)
+
+
+def test_plans_are_copied_in_the_order_of_the_stream():
+    """Calls of new shapes behind work that keeps their stream busy."""
+    stream = torch.cuda.Stream()
+    for samples in range(3, 20):
+        sets = on_gpu(inner_problem(mlp(), 0.1, 3), *perceptron_sets(samples=samples), dtype=torch.float32)
+        with torch.cuda.stream(stream):
+            stream.wait_stream(torch.cuda.default_stream())
+            torch.cuda._sleep(10**7)
+            found = run_all(*sets)
+        torch.cuda.synchronize()
+        again = run_all(*sets)
+        assert all(torch.equal(value, again[name]) for name, value in found.items())
+
+
+def test_engines_of_many_threads_do_not_take_each_others_shared_memory():
+    """Each needs another size of it."""
+    calls = [
+        on_gpu(inner_problem(mf.models.mlp([4, width, 2]), 0.1, 2), *perceptron_sets(tasks=20), dtype=torch.float32)
+        for width in (8, 100, 300, 500)
+    ]
+    alone = [run_all(*call) for call in calls]
+    with ThreadPoolExecutor(len(calls)) as pool:
+        together = list(pool.map(lambda call: [run_all(*call) for _ in range(50)], calls))
+    for expected, found in zip(alone, together, strict=True):
+        assert all(torch.equal(value, each[name]) for each in found for name, value in expected.items())
+
+
+def test_an_error_is_told_once():
+    """A plan for which there is no memory (32 MiB of taps): what torch does next knows nothing of it."""
+    model = nn.Sequential(nn.Conv2d(4096, 8, 32), nn.Flatten(), nn.Linear(8, 2))
+    x, y = torch.randn(1, 1, 4096, 32, 32), torch.zeros(1, 1, dtype=torch.int64)
+    problem, support, query = on_gpu(inner_problem(model, 0.1, 0), Support(x, y), Query(x, y), dtype=torch.float32)
+    torch.cuda.empty_cache()
+    held, size = [], torch.cuda.mem_get_info()[0]
+    while size >= 2**20:
+        try:
+            held.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+        except torch.OutOfMemoryError:
+            size //= 2
+    with pytest.raises(RuntimeError, match=r"(?i)out of memory"):
+        executor_of(problem, support.x).meta_loss(problem, support, query)
+    held.clear()
+    torch.cuda.empty_cache()
+    assert float((torch.ones(3, device="cuda") + 1).sum()) == 6
+    assert executor_of(problem, support.x).meta_loss(problem, support, query).loss.isfinite()
 
 
 def test_what_is_not_finite_is_named_by_the_next_call():
@@ -227,7 +332,9 @@ def test_learners_and_evaluation_on_the_gpu():
     episodes = mf.data.Episodes(mf.data.Sinusoids(), shots=5, queries=5, tasks=4)
     maml = mf.MAML(mf.models.mlp([1, 40, 40, 1]).cuda(), 0.01, 3, loss="mse")
     tasks = episodes.batch(0).to("cuda")
-    assert mf.check_gradients(maml, tasks)
+    report = mf.check_gradients(maml, tasks)
+    assert report.ok, report
+    assert report.executor == "fused"
     with pytest.raises(ValueError, match="device of"):
         maml(episodes.batch(0))
 

@@ -1,6 +1,8 @@
 // What a kernel is given: a call's settings and pointers, the planned networks, and where each buffer of a task lies.
 #pragma once
 
+#include <limits>
+
 #include "../call.h"
 #include "../loss.h"
 #include "block.h"
@@ -16,6 +18,7 @@ struct Regions {
   int64_t partials = -1;    // of tiles that several blocks share
   int64_t sums = -1;        // of sum_all, twice
   int64_t path = -1;        // theta_0, and theta_k after each step, or in turns
+  int64_t path_stride = 0;  // so that each of them can be read 16 bytes at a time
   int64_t gradient = -1;    // of a step, as far as it is not used where it is found; then the adjoint
   int64_t tangent = -1;     // the direction of a Hessian-vector product
   int64_t directions = -1;  // m_k of all steps or the last; Adam's first moment
@@ -28,11 +31,24 @@ struct Regions {
   int slots_kept = 0;
 };
 
-// The first thing that was not finite in a task.
+// The first thing that was not finite in a task, as a word, of which the least is the first task's.
 struct Failure {
-  enum What { kNothing, kLoss, kWeight, kMetaGradient };
-  int what, step, query;
-  double value;
+  enum What { kLoss, kQueryLoss, kWeight, kMetaGradient };
+  static constexpr unsigned long long kNone = ~0ULL;
+  static constexpr int kMostSteps = (1 << 28) - 1;
+
+  METAAUG_HD static unsigned long long word(int task, int step, What what, double value) {
+    const unsigned sign = value != value ? 0 : value > 0 ? 1 : 2;
+    return (unsigned long long)(task) << 32 | unsigned(step) << 4 | unsigned(what) << 2 | sign;
+  }
+
+  static NonFinite read(unsigned long long word) {
+    static const char* const kNames[] = {"loss", "loss", "an adapted weight", "the meta-gradient"};
+    using Double = std::numeric_limits<double>;
+    static const double kValues[] = {Double::quiet_NaN(), Double::infinity(), -Double::infinity()};
+    const unsigned low = unsigned(word), what = low >> 2 & 3;
+    return {int(word >> 32), int(low >> 4), what == kQueryLoss, kNames[what], kValues[low & 3]};
+  }
 };
 
 template <class T>
@@ -74,10 +90,10 @@ struct Arguments {
 
   Regions regions;
   T* workspace;
-  int64_t workspace_size;  // elements of a team
-  TeamState* team_states;  // [teams], zero
-  Failure* failures;       // [tasks]
-  volatile int* failed;    // set if there is one
+  int64_t workspace_size;       // elements of a team
+  TeamState* team_states;       // [teams], zero
+  unsigned long long* failure;  // of the call
+  volatile int* failed;         // set if there is one
 
   METAAUG_DEVICE int size(int p) const { return offset[p + 1] - offset[p]; }
 };

@@ -104,6 +104,8 @@ METAAUG_DEVICE T warp_sum(T value) {
   return value;
 }
 
+METAAUG_DEVICE inline void put_least(unsigned long long* word, unsigned long long value) { atomicMin(word, value); }
+
 // What a tensor core multiplies: a 16x8 sum of products, 8 deep in TF32 or 16 deep in bf16, whose values pairs of
 // registers hold. With g = lane / 4 and i = lane % 4, a lane has of the sum rows g and g + 8, columns 2i and 2i + 1; of
 // a (rows) and b (columns g) the depths i and i + 4, or of bf16 pairs those of 2i and 2i + 8.
@@ -156,6 +158,8 @@ template <class T>
 T warp_sum(T value) {
   return emulation::warp_sum(value);
 }
+
+inline void put_least(unsigned long long* word, unsigned long long value) { *word = value < *word ? value : *word; }
 
 inline uint32_t as_tf32(float value) { return emulation::as_tf32(value); }
 inline uint32_t as_bf16_pair(float low, float high) { return emulation::as_bf16_pair(low, high); }

@@ -4,9 +4,11 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "block.h"
@@ -20,8 +22,27 @@ inline int64_t shared_bytes_of(int64_t most) {
 }
 
 #if defined(__CUDACC__)
+// An error is told once: left where CUDA keeps it, torch would find it behind some call of its own.
+inline bool is_good(cudaError_t error) {
+  if (error == cudaSuccess) return true;
+  cudaGetLastError();
+  return false;
+}
 inline void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+  if (!is_good(error)) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+
+inline int attribute_of_current_device(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+
+// That a block may have, beside what block.h itself has.
+inline int64_t most_shared_bytes() {
+  constexpr int kStatic = 64;
+  return attribute_of_current_device(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kStatic;
 }
 
 struct Limits {
@@ -29,13 +50,8 @@ struct Limits {
   int64_t shared_bytes = 0, shared_bytes_of_all = 0;  // of a block; of a multiprocessor
 
   static Limits of_current_device() {
-    constexpr int kStatic = 64;  // what block.h itself has there
-    int device = 0, values[3] = {};
-    check(cudaGetDevice(&device));
-    check(cudaDeviceGetAttribute(&values[0], cudaDevAttrMultiProcessorCount, device));
-    check(cudaDeviceGetAttribute(&values[1], cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    check(cudaDeviceGetAttribute(&values[2], cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
-    return {values[0], shared_bytes_of(values[1] - kStatic), values[2]};
+    return {attribute_of_current_device(cudaDevAttrMultiProcessorCount), shared_bytes_of(most_shared_bytes()),
+            attribute_of_current_device(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
   }
 };
 
@@ -45,7 +61,7 @@ struct DeviceMemory {
     check(cudaMalloc(&memory, bytes));
     return memory;
   }
-  static void free(void* memory) { cudaFree(memory); }
+  static void free(void* memory) { is_good(cudaFree(memory)); }
 };
 
 // Memory of the host that the device writes to.
@@ -55,23 +71,38 @@ struct SharedMemory {
     check(cudaHostAlloc(&memory, bytes, cudaHostAllocMapped | cudaHostAllocPortable));
     return memory;
   }
-  static void free(void* memory) { cudaFreeHost(memory); }
+  static void free(void* memory) { is_good(cudaFreeHost(memory)); }
 };
 
-inline void to_device(void* target, const void* source, size_t bytes) {
-  check(cudaMemcpy(target, source, bytes, cudaMemcpyHostToDevice));
-}
-inline void from_device(void* target, const void* source, size_t bytes) {
-  check(cudaMemcpy(target, source, bytes, cudaMemcpyDeviceToHost));
+inline bool capturing(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status));
+  return status != cudaStreamCaptureStatusNone;
 }
 inline void wait(void* stream) { check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream))); }
+
+// In the order of the stream; the host may change what it has given, and has what it gets.
+inline void to_device(void* target, const void* source, size_t bytes, void* stream) {
+  check(cudaMemcpyAsync(target, source, bytes, cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream)));
+}
+inline void from_device(void* target, const void* source, size_t bytes, void* stream) {
+  check(cudaMemcpyAsync(target, source, bytes, cudaMemcpyDeviceToHost, static_cast<cudaStream_t>(stream)));
+  wait(stream);
+}
+inline void clear(void* memory, size_t bytes, void* stream) {
+  check(cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream)));
+}
+
+// Lets a kernel have all the shared memory that there is; any less would be taken from launches of other threads.
+template <class Arguments>
+void allow_shared_memory(void (*kernel)(Arguments)) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(most_shared_bytes())));
+}
 
 // How many blocks of a kernel are at work at once.
 template <class Arguments>
 int resident(const Limits& limits, void (*kernel)(Arguments), int64_t shared_bytes) {
   int blocks = 0;
-  if (shared_bytes > (48 << 10))
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, shared_bytes));
   return blocks * limits.multiprocessors;
 }
@@ -83,15 +114,9 @@ void launch(void (*kernel)(Arguments), int teams, int members, int64_t shared_by
   void* pointers[] = {&arguments};
   const auto queue = static_cast<cudaStream_t>(stream);
   const auto function = reinterpret_cast<const void*>(kernel);
-  if (shared_bytes > (48 << 10))
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
   const dim3 grid(members, teams);
   check(members > 1 ? cudaLaunchCooperativeKernel(function, grid, dim3(kThreads), pointers, shared_bytes, queue)
                     : cudaLaunchKernel(function, grid, dim3(kThreads), pointers, shared_bytes, queue));
-}
-
-inline void clear(void* memory, size_t bytes, void* stream) {
-  check(cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream)));
 }
 #else
 struct Limits {
@@ -111,9 +136,33 @@ struct DeviceMemory {
 };
 using SharedMemory = DeviceMemory;
 
-inline void to_device(void* target, const void* source, size_t bytes) { std::memcpy(target, source, bytes); }
-inline void from_device(void* target, const void* source, size_t bytes) { std::memcpy(target, source, bytes); }
-inline void wait(void*) {}
+// Without a stream, at once.
+inline void queue(void* stream, std::function<void()> work) {
+  if (!stream) return work();
+  static_cast<emulation::Stream*>(stream)->queued.push_back(std::move(work));
+}
+inline bool capturing(void* stream) { return stream && static_cast<emulation::Stream*>(stream)->capturing; }
+inline void wait(void* stream) {
+  if (!stream) return;
+  if (capturing(stream)) throw std::logic_error("nobody waits for what is captured");
+  static_cast<emulation::Stream*>(stream)->run();
+  static_cast<emulation::Stream*>(stream)->queued.clear();
+}
+
+inline void to_device(void* target, const void* source, size_t bytes, void* stream) {
+  const char* const from = static_cast<const char*>(source);
+  queue(stream, [=, staged = std::vector<char>(from, from + bytes)] { std::memcpy(target, staged.data(), bytes); });
+}
+inline void from_device(void* target, const void* source, size_t bytes, void* stream) {
+  queue(stream, [=] { std::memcpy(target, source, bytes); });
+  wait(stream);
+}
+inline void clear(void* memory, size_t bytes, void* stream) {
+  queue(stream, [=] { std::memset(memory, 0, bytes); });
+}
+
+template <class Arguments>
+void allow_shared_memory(void (*)(Arguments)) {}
 
 template <class Arguments>
 int resident(const Limits& limits, void (*)(Arguments), int64_t) {
@@ -121,12 +170,10 @@ int resident(const Limits& limits, void (*)(Arguments), int64_t) {
 }
 
 template <class Arguments>
-void launch(void (*kernel)(Arguments), int teams, int members, int64_t shared_bytes, void*,
+void launch(void (*kernel)(Arguments), int teams, int members, int64_t shared_bytes, void* stream,
             const Arguments& arguments) {
-  emulation::run(teams, members, kThreads, size_t(shared_bytes), [&] { kernel(arguments); });
+  queue(stream, [=] { emulation::run(teams, members, kThreads, size_t(shared_bytes), [&] { kernel(arguments); }); });
 }
-
-inline void clear(void* memory, size_t bytes, void*) { std::memset(memory, 0, bytes); }
 #endif
 
 // An array that outlives a call.
@@ -138,9 +185,9 @@ class Array {
     memory_.reset(static_cast<Value*>(Memory::allocate(size_t(count) * sizeof(Value))));
     count_ = count;
   }
-  void assign(const std::vector<Value>& values) {
+  void assign(const std::vector<Value>& values, void* stream) {
     resize(int64_t(values.size()));
-    if (!values.empty()) to_device(data(), values.data(), values.size() * sizeof(Value));
+    if (!values.empty()) to_device(data(), values.data(), values.size() * sizeof(Value), stream);
   }
   Value* data() const { return memory_.get(); }
 

@@ -2,7 +2,7 @@
 
 namespace metaaug::cuda {
 
-template std::unique_ptr<Engine<double>> make_engine<double>(const Graph&);
+template std::unique_ptr<Engine<double>> make_engine<double>(const Graph&, void*);
 template void draw_episodes<double>(const Episodes<double>&, void*);
 
 }  // namespace metaaug::cuda

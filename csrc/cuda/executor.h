@@ -16,22 +16,25 @@ namespace metaaug::cuda {
 template <class T>
 class Executor final : public Engine<T> {
  public:
-  explicit Executor(const Graph& graph) : graph_(fuse(graph, true)), limits_(Limits::of_current_device()) {
+  Executor(const Graph& graph, void* stream) : graph_(fuse(graph, true)), limits_(Limits::of_current_device()) {
+    refuse_to_plan(capturing(stream));
     offsets_.push_back(0);
     for (const Parameter& p : graph.parameters) offsets_.push_back(offsets_.back() + p.size());
-    if (offsets_.back() > kMostElements)
-      throw std::invalid_argument("the CUDA engine takes at most 2^30 parameters (got " +
-                                  std::to_string(offsets_.back()) + ")");
+    at_most(kMostElements, "parameters", offsets_.back());
+    allow_shared_memory(run_tasks<T>);
     failed_.resize(1);
     *failed_.data() = 0;
+    failures_.assign(std::vector<unsigned long long>(kFailures, Failure::kNone), stream);
   }
 
   NonFinite run(const Call<T>& call, const Resources& resources, bool wait_for_it) override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    NonFinite earlier = take_failure(resources.stream);
-    earlier.earlier = true;
-    if (earlier.task >= 0) return earlier;
-    Arguments<T> a = arguments(call);
+    const bool captured = capturing(resources.stream);
+    if (captured)
+      refuse_to_repeat();
+    else if (*failed_.data())
+      if (const NonFinite earlier = take_failure(resources.stream, -1); earlier.task >= 0) return earlier;
+    Arguments<T> a = arguments(call, resources.stream);
     const int64_t row_bytes = std::max<int64_t>(a.row_size * int64_t(sizeof(T)), 1);
     const int chunk = int(std::clamp<int64_t>(kept_bytes() / row_bytes, 1, call.tasks));
     const Teams teams = plan_teams(a, chunk);
@@ -43,9 +46,8 @@ class Executor final : public Engine<T> {
     const size_t states_size = teams.count * sizeof(TeamState);
     if (teams.members > 1) a.team_states = static_cast<TeamState*>(resources.allocate(int64_t(states_size)));
     a.rows_out = allocate(resources, chunk * a.row_size);
-    failures_.resize(call.tasks);
-    a.failures = failures_.data();
-    tasks_ = call.tasks;
+    const int turn = turn_++ % kFailures;
+    a.failure = failures_.data() + turn;
     for (int first = 0; first < call.tasks; first += chunk) {
       a.first_task = first;
       a.tasks = std::min(chunk, call.tasks - first);
@@ -61,10 +63,10 @@ class Executor final : public Engine<T> {
       sum(call.mean_displacement, 0, a.flat, T(1) / T(call.tasks));
       sum(call.grad_rates, a.row_size - a.rates, a.rates, T(1));
     }
-    return wait_for_it || waits_ ? take_failure_now(resources.stream) : NonFinite();
+    return (wait_for_it || waits_) && !captured ? take_failure(resources.stream, turn) : NonFinite();
   }
 
-  Footprint footprint(const Settings& settings, int samples) override {
+  Footprint footprint(const Settings& settings, int samples, void* stream) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     static const T something = 0;
     static T result = 0;
@@ -77,24 +79,59 @@ class Executor final : public Engine<T> {
     call.support.count = call.query.count = samples;
     call.support.x = call.query.x = &something;
     call.grad_parameters = &result;
-    return {Layout(arguments(call), 1, 0).size * int64_t(sizeof(T)), limits_.shared_bytes};
+    return {Layout(arguments(call, stream), 1, 0).size * int64_t(sizeof(T)), limits_.shared_bytes};
   }
 
  private:
   static constexpr int kPlannedSizes = 32, kMostSlots = 16;
 
+  // A network, and whether a graph has captured where its arrays lie, which then stay there.
+  struct Planned {
+    std::unique_ptr<Network> network;
+    bool captured = false;
+  };
+
   T* allocate(const Resources& resources, int64_t elements) const {
     return elements ? static_cast<T*>(resources.allocate(elements * int64_t(sizeof(T)))) : nullptr;
   }
 
-  const Network& network(int images, const std::vector<char>& adapted, const std::vector<char>& wanted,
-                         bool wants_input, bool repeats) {
-    auto& entry = networks_[std::make_tuple(images, adapted, wanted, wants_input, repeats)];
-    if (!entry) entry = std::make_unique<Network>(graph_, offsets_, images, adapted, wanted, wants_input, repeats);
-    return *entry;
+  static void refuse_to_plan(bool captured) {
+    if (captured)
+      throw std::invalid_argument("a call must have run before it is captured in a CUDA graph: it allocates memory");
   }
 
-  Arguments<T> arguments(const Call<T>& call) {
+  void refuse_to_repeat() const {
+    for (const Op& op : graph_.ops)
+      if (op.kind == OpKind::kDropout)
+        throw std::invalid_argument(
+            "a model with dropout cannot be captured in a CUDA graph: every replay would drop the same");
+  }
+
+  const Network& network(int images, const std::vector<char>& adapted, const std::vector<char>& wanted,
+                         bool wants_input, bool repeats, void* stream) {
+    const bool captured = capturing(stream);
+    Planned& planned = networks_[std::make_tuple(images, adapted, wanted, wants_input, repeats)];
+    if (!planned.network) {
+      refuse_to_plan(captured);
+      planned.network =
+          std::make_unique<Network>(graph_, offsets_, images, adapted, wanted, wants_input, repeats, stream);
+    }
+    planned.captured |= captured;
+    return *planned.network;
+  }
+
+  // Forgets all networks but those of graphs, where there are many.
+  void make_room(void* stream) {
+    const auto captured = [](const auto& entry) { return entry.second.captured; };
+    if (std::count_if(networks_.begin(), networks_.end(), captured) + kPlannedSizes >= int64_t(networks_.size()) ||
+        capturing(stream))
+      return;
+    wait(stream);
+    for (auto each = networks_.begin(); each != networks_.end();)
+      each = captured(*each) ? ++each : networks_.erase(each);
+  }
+
+  Arguments<T> arguments(const Call<T>& call, void* stream) {
     const int count = int(graph_.parameters.size());
     const Settings& s = call.settings;
     Arguments<T> a{};
@@ -103,17 +140,17 @@ class Executor final : public Engine<T> {
       adapted[p] = call.rates[p].data != nullptr;
       wanted[p] |= adapted[p] || call.grad_initial != nullptr;
     }
-    if (networks_.size() > size_t{kPlannedSizes}) networks_.clear();
+    make_room(stream);
     a.has_support = s.steps > 0;
     a.has_query = call.query.x != nullptr;
     if (a.has_support) {
       const int images = call.support.rows ? call.support.batch : call.support.count;
-      const Network& net = network(images, adapted, wanted, call.grad_support_x != nullptr, !call.support.rows);
+      const Network& net = network(images, adapted, wanted, call.grad_support_x != nullptr, !call.support.rows, stream);
       a.support = net.program();
       updated = net.updated();
     }
     if (a.has_query)
-      a.query = network(call.query.count, adapted, wanted, call.grad_query_x != nullptr, false).program();
+      a.query = network(call.query.count, adapted, wanted, call.grad_query_x != nullptr, false, stream).program();
     a.reverse = call.reverse();
     a.keep_path = a.reverse && a.has_support && (!s.first_order || call.step_weights);
     a.keep_directions = call.grad_rates != nullptr;
@@ -145,6 +182,8 @@ class Executor final : public Engine<T> {
       a.rate_offset[p] = int(a.rates);
       a.rates += (rate.per_step ? s.steps : 1) * (rate.per_element ? graph_.parameters[p].size() : 1);
     }
+    at_most(kMostElements, "values of inner_lr", a.rates);
+    at_most(Failure::kMostSteps, "steps", s.steps);
     std::copy(call.buffers.begin(), call.buffers.end(), a.frozen);
     a.support_x = call.support.x;
     a.support_y = call.support.values;
@@ -219,49 +258,57 @@ class Executor final : public Engine<T> {
     return int(std::clamp<int64_t>(kept_bytes() / (bytes * teams), 1, std::min(a.steps, kMostSlots)));
   }
 
-  // What the device has reported so far.
-  NonFinite take_failure(void* stream) { return *failed_.data() ? take_failure_now(stream) : NonFinite(); }
-
-  NonFinite take_failure_now(void* stream) {
+  // What the device has reported, when it is done: the failure of the call that was queued first. `turn` is that of the
+  // present call.
+  NonFinite take_failure(void* stream, int turn) {
     wait(stream);
     if (!*failed_.data()) return {};
     *failed_.data() = 0;
-    std::vector<Failure> failures(tasks_);
-    from_device(failures.data(), failures_.data(), failures.size() * sizeof(Failure));
-    for (int task = 0; task < tasks_; ++task) {
-      static const char* const kNames[] = {"", "loss", "an adapted weight", "the meta-gradient"};
-      const Failure& f = failures[task];
-      if (f.what != Failure::kNothing) return {task, f.step, f.query != 0, kNames[f.what], f.value};
+    std::vector<unsigned long long> words(kFailures);
+    from_device(words.data(), failures_.data(), words.size() * sizeof(words[0]), stream);
+    NonFinite first;
+    for (int i = 0; i < kFailures && first.task < 0; ++i) {
+      const int at = (turn_ + i) % kFailures;
+      if (words[at] == Failure::kNone) continue;
+      first = Failure::read(words[at]);
+      first.earlier = at != turn;
     }
-    return {};
+    std::fill(words.begin(), words.end(), Failure::kNone);
+    failures_.assign(words, stream);
+    return first;
   }
 
-  static constexpr int kMostTeams = 32768, kMostMembers = 32;
+  static constexpr int kMostTeams = 32768, kMostMembers = 32, kFailures = 64;
   static constexpr int64_t kReserved = 1 << 10;  // what the system takes of each block's shared memory
 
   const Graph graph_;
   const Limits limits_;
   const bool waits_ = std::getenv("METAAUG_SYNC") && std::string(std::getenv("METAAUG_SYNC")) == "1";
   std::vector<int64_t> offsets_;
-  Array<Failure, DeviceMemory> failures_;
-  Array<int, SharedMemory> failed_;
-  int tasks_ = 0;
-  std::map<std::tuple<int, std::vector<char>, std::vector<char>, bool, bool>, std::unique_ptr<Network>> networks_;
+  Array<unsigned long long, DeviceMemory> failures_;  // of the last calls, in turns
+  Array<int, SharedMemory> failed_;                   // whether there is one
+  unsigned turn_ = 0;
+  std::map<std::tuple<int, std::vector<char>, std::vector<char>, bool, bool>, Planned> networks_;
   std::mutex mutex_;
 };
 
 template <class T>
-std::unique_ptr<Engine<T>> make_engine(const Graph& graph) {
-  return std::make_unique<Executor<T>>(graph);
+std::unique_ptr<Engine<T>> make_engine(const Graph& graph, void* stream) {
+  return std::make_unique<Executor<T>>(graph, stream);
 }
 
 template <class T>
 void draw_episodes(const Episodes<T>& episodes, void* stream) {
+  if (capturing(stream))
+    throw std::invalid_argument("episodes cannot be drawn in a CUDA graph: every replay would draw the same ones");
+  at_most(kMostElements, "values in a task's support or query set",
+          int64_t{std::max(episodes.shots, episodes.queries)} * episodes.ways * episodes.sample);
   const Limits limits = Limits::of_current_device();
   if (episodes.shared_bytes() > limits.shared_bytes)
     throw std::invalid_argument("ways * (1 + shots + queries) must be at most " +
                                 std::to_string(limits.shared_bytes / int64_t(sizeof(int64_t))) + " on this GPU (got " +
                                 std::to_string(episodes.shared_bytes() / int64_t(sizeof(int64_t))) + ")");
+  allow_shared_memory(sample_episodes<T>);
   launch(sample_episodes<T>, std::min(episodes.tasks, 32768), 1, episodes.shared_bytes(), stream, episodes);
 }
 

@@ -11,10 +11,13 @@ namespace metaaug::cuda {
 
 inline constexpr int64_t kMostElements = int64_t{1} << 30;  // of anything of a task: they are counted in 32 bits
 
+// So many elements and what is missing to a whole number of 16 bytes.
+inline int64_t rounded(int64_t elements) { return (elements + 3) / 4 * 4; }
+
 // A place for so many elements, from a whole number of 16 bytes on.
 inline int64_t take(int64_t& total, int64_t elements) {
   const int64_t at = total;
-  total += (elements + 3) / 4 * 4;
+  total += rounded(elements);
   return at;
 }
 
@@ -22,7 +25,7 @@ inline int64_t take(int64_t& total, int64_t elements) {
 class Network {
  public:
   Network(const Graph& graph, const std::vector<int64_t>& offsets, int images, const std::vector<char>& adapted,
-          const std::vector<char>& wanted, bool wants_input, bool repeats) {
+          const std::vector<char>& wanted, bool wants_input, bool repeats, void* stream) {
     const Flow flow(graph, adapted, wanted, wants_input, repeats);
     Program& p = program_;
     p.count = int(graph.ops.size());
@@ -32,7 +35,7 @@ class Network {
     p.sample = graph.values[0];
     p.result = graph.values[graph.output];
     std::vector<Place> places(graph.values.size());
-    p.input = (images * p.sample.size() + 3) / 4 * 4;
+    p.input = rounded(images * p.sample.size());
     for (size_t v = 0; v < places.size(); ++v) {
       const int64_t size = images * graph.values[v].size();
       Place& place = places[v];
@@ -90,9 +93,9 @@ class Network {
       if (size > kMostElements)
         throw std::invalid_argument("activations of a task must have at most 2^30 elements on a GPU (got " +
                                     std::to_string(size) + ")");
-    taps_.assign(taps);
-    nodes_.assign(nodes);
-    places_.assign(places);
+    taps_.assign(taps, stream);
+    nodes_.assign(nodes, stream);
+    places_.assign(places, stream);
     p.nodes = nodes_.data();
     p.places = places_.data();
   }
@@ -171,7 +174,8 @@ struct Layout {
     put(r.slots, slots * r.slot, a.has_support);
     put(r.tangents, std::max(tangents, query), true);
     put(r.input, support.input, a.has_support && !a.rows);
-    put(r.path, (a.keep_path || a.steps == 0 ? a.steps + 1 : 2) * a.flat, true);
+    r.path_stride = rounded(a.flat);
+    put(r.path, (a.keep_path || a.steps == 0 ? a.steps + 1 : 2) * r.path_stride, true);
     put(r.carry, a.flat, a.reverse && a.momentum != 0);
     put(r.directions, (a.keep_directions ? a.steps : 1) * a.flat, a.remembers || adam);
     put(r.second, a.flat, adam);
@@ -184,7 +188,7 @@ struct Layout {
 
   // Elements of a frame: values, adjoints, what ops and the loss save, and its own input.
   static int64_t frame(const Program& p, LossKind loss, bool input) {
-    return (p.values + p.adjoints + p.saved + p.probabilities(loss) + (input ? p.input : 0) + 3) / 4 * 4;
+    return rounded(p.values + p.adjoints + p.saved + p.probabilities(loss) + (input ? p.input : 0));
   }
 };
 

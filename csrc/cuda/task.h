@@ -68,7 +68,7 @@ class Task {
     each(a.size(p), [&](int i) { body(i, first + i); });
   }
 
-  METAAUG_DEVICE T* theta(int k) const { return path + (a.keep_path ? k : k % 2) * a.flat; }
+  METAAUG_DEVICE T* theta(int k) const { return path + (a.keep_path ? k : k % 2) * a.regions.path_stride; }
   METAAUG_DEVICE T* direction(int k) const { return directions + (a.keep_directions ? k * a.flat : 0); }
   METAAUG_DEVICE bool kept(int k) const { return k >= a.steps - a.regions.slots_kept; }
   METAAUG_DEVICE Pass pass(int index, int step) const { return {step, a.seed, uint32_t(task), uint32_t(index)}; }
@@ -142,28 +142,29 @@ class Task {
     });
   }
 
-  METAAUG_DEVICE void fail(typename Failure::What what, int step, bool query, T value) const {
-    Failure& failure = a.failures[task];
-    if (failure.what == Failure::kNothing) failure = {what, step, query, double(value)};
+  // One thread of the team.
+  METAAUG_DEVICE void fail(Failure::What what, int step, T value) {
+    if (!has_failed) put_least(a.failure, Failure::word(task, step, what, double(value)));
+    has_failed = true;
     *a.failed = 1;
   }
 
-  METAAUG_DEVICE void check(T value, int step, bool query) const {
-    if (thread() == 0 && !is_finite(value)) fail(Failure::kLoss, step, query, value);
+  METAAUG_DEVICE void check(T value, Failure::What what, int step) {
+    if (thread() == 0 && !is_finite(value)) fail(what, step, value);
   }
 
   // A barrier, behind which it is said which is the first value that is not finite, if one of this thread's is.
-  METAAUG_DEVICE void check_all(bool finite, const T* values, typename Failure::What what, int step) const {
+  METAAUG_DEVICE void check_all(bool finite, const T* values, Failure::What what, int step) {
     if (!sync_or(!finite) || thread() != 0) return;
     int64_t i = 0;
     while (i + 1 < a.flat && is_finite(values[i])) ++i;
-    fail(what, step, false, values[i]);
+    fail(what, step, values[i]);
   }
 
   METAAUG_DEVICE void load(const Program& net, const T* x, int samples, const int64_t* rows, T* input) const {
     const int size = int(net.sample.size());
     const T* from = x + int64_t{task} * samples * size;
-    each(net.images * size, [&](int i) { input[i] = from[rows ? int(rows[i / size]) * size + i % size : i]; });
+    each(net.images * size, [&](int i) { input[i] = from[rows ? rows[i / size] * size + i % size : i]; });
   }
 
   // Adds the input's adjoint to one in the user's layout; a thread has all that is added to an element.
@@ -176,10 +177,7 @@ class Task {
   }
 
   METAAUG_DEVICE void start() {
-    if (thread() == 0) {
-      a.failures[task] = {Failure::kNothing, 0, 0, 0};
-      if (a.task_losses) a.task_losses[task] = T(0);
-    }
+    if (thread() == 0 && a.task_losses) a.task_losses[task] = T(0);
     for (int p = 0; p < a.parameters; ++p) {
       const T* const from = a.initial ? a.initial + task * a.flat + a.offset[p] : a.parameter[p];
       each_of(p, [&](int i, int at) { path[at] = from[i]; });
@@ -222,14 +220,18 @@ class Task {
     T* const to = theta(k + 1);
     T* const direction = second ? directions : a.remembers ? this->direction(k) : nullptr;
     const T* const before = k > 0 && direction ? this->direction(k - 1) : nullptr;
-    const Update<T> update{a, k, theta(k), to, direction, before, second};
+    Update<T> update{a, k, theta(k), to, direction, before, second};
+    if (second) {
+      update.correction1 = T(1 - std::pow(a.beta1, double(k + 1)));
+      update.correction2 = T(1 - std::pow(a.beta2, double(k + 1)));
+    }
     for (int p = 0; p < a.parameters; ++p)
       if (!(a.rate_form[p] & kUpdatedByOp))
         each_of(p, [&](int, int at) {
           gradient[at] = T(0);
           if (!a.rate[p]) to[at] = theta(k)[at];
         });
-    check(evaluate(k, &update), k, false);
+    check(evaluate(k, &update), Failure::kLoss, k);
     for (int p = 0; p < a.parameters; ++p)
       if (a.rate[p] && !(a.rate_form[p] & kUpdatedByOp)) {
         const ParameterStep<T> step(update, p);
@@ -272,7 +274,7 @@ class Task {
       });
       total = sum_all(total, sums);
       if (is_last && a.accuracy) right = sum_all(right, sums + warps());
-      check(total, k, true);
+      check(total, Failure::kQueryLoss, k);
       if (thread() == 0) {
         if (a.step_losses && k > 0) a.step_losses[int64_t{task} * a.steps + k - 1] = total;
         if (a.task_losses) a.task_losses[task] += weight * total;
@@ -332,7 +334,8 @@ class Task {
     for (int p = 0; p < a.parameters; ++p) {
       if (!a.rate[p]) continue;
       const bool per_element = a.rate_form[p] & kPerElement;
-      T* const to = rate_row + a.rate_offset[p] + (a.rate_form[p] & kPerStep ? k * (per_element ? a.size(p) : 1) : 0);
+      T* const to =
+          rate_row + a.rate_offset[p] + (a.rate_form[p] & kPerStep ? k * int64_t{per_element ? a.size(p) : 1} : 0);
       if (per_element) {
         each_of(p, [&](int i, int at) { to[i] -= v[at] * m[at]; });
       } else {
@@ -383,6 +386,7 @@ class Task {
   const int task;
   T* const row;
   T *sums, *path, *gradient, *tangent, *directions, *second, *carry, *rate_row;
+  bool has_failed = false;
 };
 
 }  // namespace metaaug::cuda

@@ -29,6 +29,7 @@ struct Update {
   T* direction;                // m_{k+1}, or Adam's first moment; null where nothing is remembered
   const T* before;             // m_k
   T* second;                   // Adam's second moment
+  T correction1, correction2;  // of its two moments' bias
   mutable bool finite = true;  // what this thread has written
 };
 
@@ -71,9 +72,7 @@ class ParameterStep {
     T& second = update->second[offset + i];  // the bias-corrected ratio of moments (Kingma and Ba 2015)
     direction = T(a.beta1) * direction + (T(1) - T(a.beta1)) * m;
     second = T(a.beta2) * second + (T(1) - T(a.beta2)) * m * m;
-    const T correction1 = T(1 - std::pow(a.beta1, double(update->k + 1)));
-    const T correction2 = T(1 - std::pow(a.beta2, double(update->k + 1)));
-    return direction / correction1 / (std::sqrt(second / correction2) + T(a.eps));
+    return direction / update->correction1 / (std::sqrt(second / update->correction2) + T(a.eps));
   }
 
   const Update<T>* update = nullptr;

@@ -6,8 +6,19 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 namespace metaaug::cuda::emulation {
+
+// Work that waits until somebody waits for it, in its order; what a graph captures may be run again and again.
+struct Stream {
+  std::vector<std::function<void()>> queued;
+  bool capturing = false;
+
+  void run() const {
+    for (const auto& work : queued) work();
+  }
+};
 
 // Runs kernel() in every thread of every block, of which each team has `members`; throws std::logic_error if threads
 // part at a barrier, or one writes beyond shared memory. Shared memory is full of NaN before each block. Orders come

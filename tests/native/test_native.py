@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 ENGINE = ROOT / "csrc" / "cpu"
 pytestmark = pytest.mark.slow
+SHARED = [ROOT / "csrc" / name for name in ("call.cpp", "flow.cpp", "fuse.cpp")]
 # Optimised it takes three times as long to compile, and finds the same.
 FLAGS = [
     "-std=c++17",
@@ -70,8 +71,7 @@ def program(name: str, sources: list[Path], sanitizers: str, tmp_path: Path) -> 
 def engine() -> list[Path]:
     """Sources of the CPU engine, for any processor."""
     widest = ENGINE / "isa" / "avx512.cpp" if _C.instruction_set() == "avx512" else HERE / "wide.cpp"
-    shared = [ROOT / "csrc" / name for name in ("call.cpp", "flow.cpp", "fuse.cpp")]
-    return [widest, ENGINE / "isa" / "avx2.cpp", ENGINE / "isa" / "baseline.cpp", *shared, *ENGINE.glob("*.cpp")]
+    return [widest, ENGINE / "isa" / "avx2.cpp", ENGINE / "isa" / "baseline.cpp", *SHARED, *ENGINE.glob("*.cpp")]
 
 
 def test_engine(tmp_path):
@@ -85,6 +85,12 @@ def test_cuda(tmp_path):
     sources = [*engine(), HERE / "test_cuda.cpp", HERE / "emulation.cpp"]
     target = program("test_cuda", sources, "address,undefined", tmp_path)
     assert "4 graphs" in run(target, timeout=600)
+
+
+def test_queue(tmp_path):
+    """The GPU engine's calls that wait in a stream or are captured in a graph, and sizes beyond 32 bits."""
+    sources = [*SHARED, HERE / "test_queue.cpp", HERE / "emulation.cpp"]
+    assert "done" in run(program("test_queue", sources, "address,undefined", tmp_path), timeout=600)
 
 
 def test_tiles(tmp_path):
