@@ -20,13 +20,14 @@ from tqdm import tqdm
 
 from . import checkpoint as checkpoints
 from . import files, recipes
+from . import option_types as kind
 from .bench import workloads
 from .bench.rivals import RIVALS
 from .bench.scaling import scaling
 from .bench.suite import bench
 from .data import Episodes
 from .demo import demo
-from .errors import CheckpointError, NonFiniteError, NotFusedError
+from .errors import CheckpointError, NonFiniteError, NotFusedError, in_one_line, out_of_memory
 from .evaluation import Evaluation, evaluate
 from .explain import explain
 from .history import History
@@ -45,10 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     try:
         return int(options.run(options))
-    except (ValueError, TypeError, OSError, NotFusedError) as error:
-        return _fail(options, error, 2)
     except NonFiniteError as error:
-        return _fail(options, error, 1)
+        return _fail(options, str(error), 1)
+    except Exception as error:
+        if out_of_memory(error):
+            return _fail(options, f"not enough memory for {_sizes(options)} ({in_one_line(error)})", 2)
+        if isinstance(error, (ValueError, TypeError, OSError, NotFusedError)):
+            return _fail(options, str(error), 2)
+        raise
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 
@@ -275,19 +280,19 @@ def _parser() -> argparse.ArgumentParser:
     _add_episode_options(command)
     keep = argparse.SUPPRESS
     command.add_argument("--model", default=keep, help=f"{', '.join(recipes.MODELS)}, or module:attribute")
-    command.add_argument("--steps", type=_count, default=keep, help="meta-steps, those before --resume included")
-    command.add_argument("--inner-lr", type=_rate, default=keep)
-    command.add_argument("--inner-steps", type=_count, default=keep)
-    command.add_argument("--inner-batch", type=_count, default=keep, help="samples in an inner step (reptile)")
-    command.add_argument("--train-shots", type=_count, default=keep, help="shots in training (reptile)")
-    command.add_argument("--meta-lr", type=_rate, default=keep)
+    command.add_argument("--steps", type=kind.count, default=keep, help="meta-steps, those before --resume included")
+    command.add_argument("--inner-lr", type=kind.rate, default=keep)
+    command.add_argument("--inner-steps", type=kind.count, default=keep)
+    command.add_argument("--inner-batch", type=kind.count, default=keep, help="samples in an inner step (reptile)")
+    command.add_argument("--train-shots", type=kind.count, default=keep, help="shots in training (reptile)")
+    command.add_argument("--meta-lr", type=kind.rate, default=keep)
     command.add_argument("--first-order", action="store_true", default=keep, help="FOMAML")
     command.add_argument("--seed", type=int, default=keep)
     command.add_argument("--out", type=Path, help="checkpoint (runs/LEARNER-DATA.safetensors)")
     command.add_argument("--resume", type=Path, help="checkpoint to go on from, with its settings")
-    command.add_argument("--validate-every", type=_count, metavar="STEPS")
-    command.add_argument("--validation-episodes", type=_count, default=200, metavar="N")
-    command.add_argument("--checkpoint-every", type=_count, metavar="STEPS")
+    command.add_argument("--validate-every", type=kind.count, metavar="STEPS")
+    command.add_argument("--validation-episodes", type=kind.episodes, default=200, metavar="N")
+    command.add_argument("--checkpoint-every", type=kind.count, metavar="STEPS")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
     _add_common_options(command)
 
@@ -303,17 +308,17 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("explain", help="which of a model's ops are fused, and why others are not")
     command.set_defaults(run=_explain)
     command.add_argument("--model", required=True, help=f"{', '.join(recipes.MODELS)}, or module:attribute")
-    command.add_argument("--shape", type=_shape, help="of a sample (1,28,28; 1 for mlp)")
-    command.add_argument("--samples", type=_count, default=25, help="of a task, which matters on a GPU (25)")
-    command.add_argument("--threads", type=_count)
+    command.add_argument("--shape", type=kind.shape, help="of a sample (1,28,28; 1 for mlp)")
+    command.add_argument("--samples", type=kind.count, default=25, help="of a task, which matters on a GPU (25)")
+    command.add_argument("--threads", type=kind.threads)
     _add_device_option(command)
 
     command = commands.add_parser("demo", help="train on letters for a few minutes, evaluate and draw")
     command.set_defaults(run=_demo)
     command.add_argument("--out", type=Path, default=Path("demo"), help="folder for pictures and checkpoint")
-    command.add_argument("--steps", type=_count, default=300, help="meta-steps")
+    command.add_argument("--steps", type=kind.count, default=300, help="meta-steps")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
-    command.add_argument("--threads", type=_count)
+    command.add_argument("--threads", type=kind.threads)
 
     command = commands.add_parser("bench", help="time named workloads here and in other libraries, each checked first")
     command.set_defaults(run=_bench)
@@ -323,11 +328,11 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--list", action="store_true", help="print the workloads and stop")
     what.add_argument("--scaling", action="store_true", help="growth with tasks, steps and threads instead")
     command.add_argument("--rivals", nargs="+", metavar="NAME", help=f"{', '.join(RIVALS)} (all)")
-    command.add_argument("--rounds", type=_count, default=9, help="in which rivals take turns (9)")
-    command.add_argument("--first-call-limit", type=_seconds, default=300.0, metavar="SECONDS", help="(300)")
+    command.add_argument("--rounds", type=kind.count, default=9, help="in which rivals take turns (9)")
+    command.add_argument("--first-call-limit", type=kind.seconds, default=300.0, metavar="SECONDS", help="(300)")
     command.add_argument("--out", type=Path, default=Path("bench"), help="folder for table, JSON and picture (bench)")
     command.add_argument("--quiet", action="store_true", help="no progress")
-    command.add_argument("--threads", type=_count, help="of every rival (as many as there are cores)")
+    command.add_argument("--threads", type=kind.count, help="of every rival (as many as there are cores)")
     return parser
 
 
@@ -337,68 +342,26 @@ def _add_episode_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--root", default=keep, metavar="DIR", help="folder of Omniglot's archives")
     command.add_argument("--download", action="store_true", help="fetch Omniglot's archives into --root")
     for name, text in (("ways", "classes a task"), ("shots", "support samples a class"), ("queries", "a class")):
-        command.add_argument(f"--{name}", type=_count, default=keep, help=text)
-    command.add_argument("--tasks", type=_count, default=keep, help="a batch")
+        command.add_argument(f"--{name}", type=kind.count, default=keep, help=text)
+    command.add_argument("--tasks", type=kind.count, default=keep, help="a batch")
     command.add_argument(
         "--split-styles", action="store_true", default=keep, help="queries in other typefaces (glyphs)"
     )
-    command.add_argument("--test-steps", type=_count, default=keep, help="inner steps in evaluation")
+    command.add_argument("--test-steps", type=kind.count, default=keep, help="inner steps in evaluation")
 
 
 def _add_common_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--episodes", type=_count, default=600, help="to evaluate on (600)")
-    command.add_argument("--threads", type=_count, help="(as many as torch takes)")
+    command.add_argument("--episodes", type=kind.episodes, default=600, help="to evaluate on (600)")
+    command.add_argument("--threads", type=kind.threads, help="(as many as torch takes)")
     _add_device_option(command)
 
 
 def _add_device_option(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--device", type=_device, default=torch.device("cpu"), help="cpu, cuda, cuda:1, ... (cpu)")
-
-
-def _device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():
-        return torch.device("cuda", device.index or 0)
-    if device.type != "cpu":
-        raise argparse.ArgumentTypeError(
-            f"must be cpu or one of the GPUs that torch sees, {torch.cuda.device_count()} (got {text})"
-        )
-    return device
+    command.add_argument("--device", type=kind.device, default=torch.device("cpu"), help="cpu, cuda, cuda:1, ... (cpu)")
 
 
 def _where(device: torch.device) -> str:
     return f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-
-
-def _count(text: str) -> int:
-    value = int(text) if text.lstrip("-").isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer >= 1 (got {text})")
-    return value
-
-
-def _rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number >= 0 (got {text})")
-    return value
-
-
-def _seconds(text: str) -> float:
-    value = _rate(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("must be above 0 (got 0)")
-    return value
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    return tuple(_count(size) for size in text.split(","))
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
@@ -409,6 +372,18 @@ def _say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 
-def _fail(options: argparse.Namespace, error: BaseException, code: int) -> int:
-    print(f"metaaug-fast {options.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+def _sizes(options: argparse.Namespace) -> str:
+    """What was asked for, as it is given: all that a call's memory may depend on."""
+    names = ("ways", "shots", "train_shots", "queries", "tasks", "inner_steps", "inner_batch", "test_steps", "shape")
+    given = {name: value for name, value in vars(options).items() if name in (*names, "samples")}
+    shown = (
+        f"--{name.replace('_', '-')} {','.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for name, value in given.items()
+        if value is not None
+    )
+    return ", ".join(shown) or "the sizes of the settings; fewer --tasks need less"
+
+
+def _fail(options: argparse.Namespace, message: str, code: int) -> int:
+    print(f"metaaug-fast {options.command}: error: {' '.join(message.split())}", file=sys.stderr)
     return code

@@ -1,5 +1,7 @@
 """What can go wrong, by name."""
 
+import torch
+
 
 class FallbackWarning(UserWarning):
     """A module runs outside the fused engine; said once for each module and reason."""
@@ -19,3 +21,30 @@ class CheckpointError(ValueError):
 
 class FileWriteError(OSError):
     """A file cannot be written, or another run writes it; the message names it."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory was asked for that cannot be had; torch and numpy have many words for it."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, (RuntimeError, ValueError)) and any(words in str(error) for words in _TOO_LARGE)
+
+
+_TOO_LARGE = (
+    "DefaultCPUAllocator",
+    "Storage size calculation overflowed",
+    "numel: integer multiplication overflow",
+    "Maximum allowed size exceeded",
+    "Maximum allowed dimension exceeded",
+    "array is too big",
+)
+
+
+def in_one_line(error: BaseException, name: bool = False) -> str:
+    """What an error of somebody else's code says, without C++ frames; with its class if `name` or if it is silent.
+
+    >>> in_one_line(KeyError("a"), name=True), in_one_line(MemoryError())
+    ("KeyError: 'a'", 'MemoryError')
+    """
+    text = " ".join(str(error).partition("Exception raised from")[0].split())
+    return ": ".join(filter(None, (type(error).__name__, text))) if name or not text else text

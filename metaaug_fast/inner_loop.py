@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .errors import FallbackWarning, NotFusedError
+from .errors import FallbackWarning, NotFusedError, in_one_line
 from .exclusive import ONE_AT_A_TIME
 from .fallback import FallbackExecutor, probe_output_shape
 from .fused import FusedExecutor, refusal
@@ -424,5 +424,6 @@ def _output_shape(problem: InnerProblem, sample_shape: tuple[int, ...]) -> tuple
     like = next(iter(problem.parameters.values()))
     try:
         return probe_output_shape(problem.model, torch.zeros(1, *sample_shape, dtype=like.dtype, device=like.device))
-    except RuntimeError as error:
-        raise ValueError(f"model must accept samples of shape {sample_shape} (got: {error})") from error
+    except Exception as error:  # the user's forward may raise anything
+        got = in_one_line(error, name=True)
+        raise ValueError(f"model must accept samples of shape {sample_shape} (got {got})") from error

@@ -265,12 +265,9 @@ def with_steps(problem: InnerProblem, steps: int) -> InnerProblem:
         ValueError: `steps` is negative.
     """
     check_number("steps", steps, integer=True)
-    index = torch.arange(steps).clamp(max=problem.steps - 1)
-    cut = {
-        id(rate): Rate(rate.value[index.to(rate.value.device)], True)
-        for rate in problem.rates.values()
-        if rate.per_step
-    }
+    per_step = {id(rate): rate.value for rate in problem.rates.values() if rate.per_step}
+    index = torch.arange(steps if per_step else 0).clamp(max=problem.steps - 1)
+    cut = {rate: Rate(value[index.to(value.device)], True) for rate, value in per_step.items()}
     rates = {name: cut.get(id(rate), rate) for name, rate in problem.rates.items()}
     return replace(problem, steps=steps, rates=rates)
 

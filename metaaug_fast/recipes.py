@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from torch.optim import Optimizer
 
 from . import models
 from .data import ClassImages, Episodes, Glyphs, Omniglot, Sinusoids
+from .errors import in_one_line
 from .learners.maml import MAML
 from .learners.reptile import Reptile
 
@@ -76,11 +76,13 @@ class Settings:
                 raise ValueError(f"{field.name} is for {only} only (got a run of {self.learner} on {self.data})")
         if self.seed < 0:
             raise ValueError(f"seed must be >= 0 (got {self.seed})")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be < 2**63 (got {self.seed})")
         for name in ("steps", "tasks", "ways", "shots", "queries"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1 (got {getattr(self, name)})")
-        if not 0 < self.meta_lr < math.inf:
-            raise ValueError(f"meta_lr must be > 0 and finite (got {self.meta_lr})")
+        if not 0 < self.meta_lr <= torch.finfo(torch.float32).max:
+            raise ValueError(f"meta_lr must be > 0 and finite in float32 (got {self.meta_lr})")
 
     def as_dict(self) -> dict[str, Any]:
         """The inverse of `Settings(**content)`."""
@@ -167,7 +169,7 @@ def make_model(name: str, ways: int = 5) -> nn.Module:
     """A network by its name in `MODELS`, or the module (or what the function makes) at `module:attribute`.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: there is no such model, or its code raises; the cause is attached.
 
     >>> make_model("mlp").head
     Linear(in_features=40, out_features=1, bias=True)
@@ -179,12 +181,16 @@ def make_model(name: str, ways: int = 5) -> nn.Module:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, or module:attribute (got {name!r})")
     if (folder := os.getcwd()) not in sys.path:
         sys.path.insert(0, folder)
+    # The module is the user's: it may raise anything, and a SystemExit would end the program without a word.
     try:
         model = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"model {name!r} cannot be imported ({error})") from error
-    if not isinstance(model, nn.Module):
-        model = model()
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"model {name!r} cannot be imported ({in_one_line(error, name=True)})") from error
+    if callable(model) and not isinstance(model, nn.Module):
+        try:
+            model = model()
+        except (Exception, SystemExit) as error:
+            raise ValueError(f"model {name!r} cannot be made ({in_one_line(error, name=True)})") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"model {name!r} must be an nn.Module or make one (got {type(model).__name__})")
     return model

@@ -85,7 +85,7 @@ def test_weights_follow_the_seed():
         ({"learner": "anil"}, r"learner must be one of maml, reptile \(got 'anil'\)"),
         ({"data": "mnist"}, r"data must be one of glyphs, omniglot, sinusoid \(got 'mnist'\)"),
         ({"steps": 0}, r"steps must be >= 1 \(got 0\)"),
-        ({"meta_lr": float("nan")}, r"meta_lr must be > 0 and finite \(got nan\)"),
+        ({"meta_lr": float("nan")}, r"meta_lr must be > 0 and finite in float32 \(got nan\)"),
         ({"seed": -2}, r"seed must be >= 0 \(got -2\)"),
         ({"train_shots": 4}, r"train_shots is for reptile only \(got a run of maml on glyphs\)"),
     ],
