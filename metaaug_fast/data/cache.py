@@ -16,18 +16,32 @@ from ..files import write_atomically
 Arrays = Mapping[str, np.ndarray]
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """The path with `~` and `~user` replaced; of a user without a home folder, as it is."""
+    return Path(os.path.expanduser(path))
+
+
 def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Where caches lie: `cache_dir`, else `$METAAUG_CACHE`, else `metaaug_fast` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    if cache_dir is not None:
-        return Path(cache_dir).expanduser()
-    if own := os.environ.get("METAAUG_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path("~/.cache").expanduser()) / "metaaug_fast"
+    """Where caches lie: `cache_dir`, else `$METAAUG_CACHE`, else `metaaug_fast` in `$XDG_CACHE_HOME` or `~/.cache`.
+
+    Raises:
+        OSError: the user has no home folder (no `$HOME` and no entry in the password file), and nothing else is set.
+    """
+    if given := cache_dir or os.environ.get("METAAUG_CACHE"):
+        return expanded(given)
+    base = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if base.parts[0] == "~":
+        raise OSError("there is no home folder to keep a cache in: set METAAUG_CACHE to a folder, or HOME")
+    return base / "metaaug_fast"
 
 
 def cached_arrays(
-    name: str, made_from: Iterable[object], make: Callable[[], Arrays], cache_dir: str | os.PathLike[str] | None = None
+    name: str,
+    made_from: Iterable[object],
+    make: Callable[[], Arrays],
+    cache_dir: str | os.PathLike[str] | None = None,
+    *,
+    names: Iterable[str] = (),
 ) -> Arrays:
     """The arrays that `make` returns, read from the cache where it has them.
 
@@ -35,16 +49,23 @@ def cached_arrays(
         name: how the file's name begins.
         made_from: everything the arrays depend on, as values with a faithful `repr`; its digest is in the file's name.
         make: called if there is no file, or (with a warning) if the file is damaged.
+        names: arrays without which a file is damaged.
 
-    A cache that cannot be written is a warning, not an error. Files are put in place by renaming, so that a reader
-    never sees half of one.
+    A cache that cannot be written, or has no place, is a warning, not an error. Files are put in place by renaming, so
+    that a reader never sees half of one.
     """
     digest = hashlib.sha256("\n".join(map(repr, made_from)).encode()).hexdigest()
-    path = cache_folder(cache_dir) / f"{name}-{digest[:20]}.npz"
+    try:
+        path = cache_folder(cache_dir) / f"{name}-{digest[:20]}.npz"
+    except OSError as error:
+        warnings.warn(f"{name} is made again at every start ({error})", stacklevel=3)
+        return make()
     if path.exists():
         try:
             # The archive checks a checksum of every array.
             with np.load(path, allow_pickle=False) as stored:
+                if missing := [each for each in names if each not in stored]:
+                    raise ValueError(f"it has no {', '.join(missing)}")
                 return dict(stored)
         except Exception as error:  # Damage can raise anything, and the remedy is always the same.
             warnings.warn(f"{path} is damaged and is made again ({error})", stacklevel=3)

@@ -76,7 +76,8 @@ class Glyphs(ClassImages):
             raise ValueError(f"styles_min must be between 1 and the {typefaces} typefaces there are (got {styles_min})")
         sources = [Path(__file__), *(path for paths in fonts.values() for path in paths)]
         made_from = [size, styles_min, features.version("freetype2"), *map(file_digest, sources)]
-        stored = cached_arrays("glyphs", made_from, lambda: _draw_all(fonts, size, styles_min), cache_dir)
+        names = ("images", "counts", "letters")
+        stored = cached_arrays("glyphs", made_from, lambda: _draw_all(fonts, size, styles_min), cache_dir, names=names)
         sizes = stored["counts"].sum(1)
         data = ClassImages(
             torch.from_numpy(stored["images"]),

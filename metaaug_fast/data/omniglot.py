@@ -8,6 +8,7 @@ import os
 import struct
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .cache import Arrays, cached_arrays, file_digest
+from .cache import Arrays, cached_arrays, expanded, file_digest
 from .images import ClassImages
 
 ARCHIVES = ("images_background", "images_evaluation")
@@ -32,11 +33,23 @@ MD5 = {
 # test.
 SPLIT = {"train": 1100, "validation": 100, "test": 423}
 
-# What zipfile, zlib and Pillow raise over broken files.
+# Characters in the published archives, each drawn 20 times.
+CHARACTERS = {
+    "images_background": 964,
+    "images_evaluation": 659,
+    "images_background_small1": 136,
+    "images_background_small2": 156,
+}
+_DRAWINGS = 20
+
+# What zipfile, zlib and Pillow raise over broken and encrypted files, and over pictures that no memory may hold.
 _DAMAGE = (
     OSError,
     EOFError,
+    RuntimeError,
     ValueError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
     SyntaxError,
     NotImplementedError,
     struct.error,
@@ -62,6 +75,8 @@ class Omniglot(ClassImages):
         seed: of the shuffle.
         cache_dir: where decoded images are kept, see `cache.cache_folder`.
 
+    Warns of, and counts, what a published archive lacks (characters, drawings) and drawings that are no squares.
+
     Raises:
         FileNotFoundError, ValueError: an archive is missing, or damaged; the message says what to do.
         ConnectionError: the download failed.
@@ -82,12 +97,13 @@ class Omniglot(ClassImages):
             raise ValueError(f"split must be one of {', '.join(SPLIT)}, all (got {split!r})")
         if size < 1:
             raise ValueError(f"size must be >= 1 (got {size})")
-        folder = Path(root).expanduser()
+        folder = expanded(root)
         if download:
             download_omniglot(folder)
         sources = [_find(folder, name) for name in archives]
         made_from = [size, file_digest(Path(__file__)), *map(_fingerprint, sources)]
-        stored = cached_arrays("omniglot", made_from, lambda: _read(sources, size), cache_dir)
+        stored = cached_arrays("omniglot", made_from, lambda: _read(sources, size), cache_dir, names=_STORED)
+        _warn_of_gaps(sources, size, stored)
         names, counts = stored["names"].tolist(), stored["counts"]
         images = torch.from_numpy(np.unpackbits(stored["packed"], axis=1, count=size * size) * np.uint8(255))
         data = ClassImages(images.view(-1, size, size), np.cumsum(counts) - counts, counts[:, None], names)
@@ -108,10 +124,10 @@ def download_omniglot(root: str | os.PathLike[str], url: str = URL, md5: Mapping
     Raises:
         ConnectionError: the transfer failed, or what came has another digest; nothing is left behind.
     """
-    folder = Path(root).expanduser()
+    folder = expanded(root)
     folder.mkdir(parents=True, exist_ok=True)
     for name, digest in md5.items():
-        if not (folder / name).exists() and not (folder / Path(name).stem).is_dir():
+        if not (folder / name).exists() and not any(_drawings(folder / Path(name).stem)):
             _fetch(f"{url}/{name}", folder / name, digest)
 
 
@@ -142,11 +158,12 @@ def _fetch(url: str, path: Path, digest: str) -> None:
 
 
 def _find(root: Path, name: str) -> Path:
-    """The folder or the zip of an archive."""
-    if (root / name).is_dir():
-        return root / name
-    if (root / f"{name}.zip").is_file():
-        return root / f"{name}.zip"
+    """The folder or the zip of an archive; a folder without drawings only where there is no zip."""
+    folder, packed = root / name, root / f"{name}.zip"
+    if packed.is_file() and not any(_drawings(folder)):
+        return packed
+    if folder.is_dir():
+        return folder
     raise FileNotFoundError(
         f"{root / name}.zip is missing, and there is no folder {root / name}; Omniglot(root, download=True) "
         "fetches the official archives, archives=(...) reads others"
@@ -155,7 +172,7 @@ def _find(root: Path, name: str) -> Path:
 
 def _fingerprint(source: Path) -> tuple[object, ...]:
     """What tells one state of an archive from another without reading it."""
-    files = sorted(source.glob("*/*/*.png")) if source.is_dir() else [source]
+    files = sorted(_drawings(source)) if source.is_dir() else [source]
     digest = hashlib.sha256()
     for file in files:
         status = file.stat()
@@ -163,29 +180,48 @@ def _fingerprint(source: Path) -> tuple[object, ...]:
     return str(source.resolve()), digest.hexdigest()
 
 
+def _drawings(folder: Path) -> Iterator[Path]:
+    """The drawings of an unpacked archive; `._x.png` is what macOS notes beside a file on a foreign disk."""
+    return (file for file in folder.glob("*/*/*.png") if not file.name.startswith("._"))
+
+
 def _files(source: Path) -> Iterator[tuple[str, bytes]]:
     """The drawings of an archive, `<alphabet>/<character>/<drawing>.png`, with their contents."""
     if source.is_dir():
-        for file in source.glob("*/*/*.png"):
+        for file in _drawings(source):
             yield file.relative_to(source).as_posix(), file.read_bytes()
         return
     with zipfile.ZipFile(source) as archive:
         for name in archive.namelist():
             parts = name.split("/")
-            if len(parts) == 4 and name.endswith(".png"):
+            if len(parts) == 4 and name.endswith(".png") and not parts[3].startswith("._"):
                 yield "/".join(parts[1:]), archive.read(name)
 
 
+_STORED = ("packed", "counts", "names", "found", "squeezed")
+
+
 def _read(sources: Sequence[Path], size: int) -> Arrays:
-    """Decode all drawings: ink as packed bits `[N, ...]`, class after class; a class in two archives counts once."""
+    """Decode all drawings; a class in two archives counts once.
+
+    packed: ink in bits `[N, ...]`, class after class. counts, names: of the classes. found: for every source, how many
+    characters it holds and how many of them have fewer drawings than the published 20, `[sources, 2]`. squeezed: width
+    and height of every drawing that is no square, `[..., 2]`.
+    """
     classes: dict[str, dict[str, np.ndarray]] = {}
+    holdings: list[tuple[int, int]] = []
+    squeezed: list[tuple[int, int]] = []
     for source in sources:
         found: dict[str, dict[str, np.ndarray]] = {}
         name = ""
         try:
-            for name, content in _files(source):
-                character, _, drawing = name.rpartition("/")
-                found.setdefault(character, {})[drawing] = _ink(content, size)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                for name, content in _files(source):
+                    character, _, drawing = name.rpartition("/")
+                    found.setdefault(character, {})[drawing], (width, height) = _ink(content, size)
+                    if width != height:
+                        squeezed.append((width, height))
         except _DAMAGE as error:
             raise ValueError(
                 f"{source} cannot be read, at or after {name or 'its beginning'} ({error}); if it is damaged, delete "
@@ -193,6 +229,7 @@ def _read(sources: Sequence[Path], size: int) -> Arrays:
             ) from error
         if not found:
             raise ValueError(f"{source} holds no <alphabet>/<character>/<drawing>.png; is it an Omniglot archive?")
+        holdings.append((len(found), sum(len(drawings) < _DRAWINGS for drawings in found.values())))
         for character, drawings in found.items():
             classes.setdefault(character, drawings)
     names = sorted(classes)
@@ -201,9 +238,32 @@ def _read(sources: Sequence[Path], size: int) -> Arrays:
         "packed": np.packbits(ink, axis=1),
         "counts": np.array([len(classes[name]) for name in names]),
         "names": np.array(names),
+        "found": np.array(holdings),
+        "squeezed": np.array(squeezed).reshape(-1, 2),
     }
 
 
-def _ink(content: bytes, size: int) -> np.ndarray:
+def _ink(content: bytes, size: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """Ink, bool `[size, size]`, and the width and height that the picture had."""
     image = Image.open(io.BytesIO(content)).convert("1", dither=Image.Dither.NONE)
-    return ~np.asarray(image.resize((size, size), Image.Resampling.NEAREST))
+    return ~np.asarray(image.resize((size, size), Image.Resampling.NEAREST)), image.size
+
+
+def _warn_of_gaps(sources: Sequence[Path], size: int, stored: Arrays) -> None:
+    said = []
+    for source, (found, short) in zip(sources, stored["found"].tolist(), strict=True):
+        published = CHARACTERS.get(source.name.removesuffix(".zip"), 0)
+        if found < published:
+            said.append(
+                f"{source}: {published - found} of {published} characters are missing, so splits are not the papers'"
+            )
+        if published and short:
+            said.append(f"{source}: {short} of {found} characters have fewer than {_DRAWINGS} drawings")
+    if len(squeezed := stored["squeezed"]):
+        width, height = squeezed[0].tolist()
+        said.append(
+            f"{', '.join(map(str, sources))}: {len(squeezed)} of {stored['counts'].sum()} drawings are no squares and "
+            f"are squeezed into {size} x {size} pixels (the first had {width} x {height})"
+        )
+    for text in said:
+        warnings.warn(text, stacklevel=3)
