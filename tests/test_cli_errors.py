@@ -86,7 +86,7 @@ def test_memory_that_cannot_be_had(tmp_path):
         timeout=300,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30)),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (8 << 30, resource.RLIM_INFINITY)),
     )
     assert failed.stdout.endswith("[2, 2, 2, 2, 2]\n"), failed.stderr
     for line, call, size in zip(failed.stderr.splitlines(), calls, sizes, strict=True):
