@@ -42,7 +42,7 @@ class FusedEngine {
   }
 
   // Computes, on the device of the data, the outputs named in `outputs`: those of Call, and `loss`, the mean of
-  // `task_losses`. `poll` is called between tasks on the calling thread; true stops the run. A run on a GPU is queued
+  // `task_losses`. `poll` is called between steps on the calling thread; true stops the run. A run on a GPU is queued
   // on the current stream and never stopped.
   std::map<std::string, at::Tensor> run(const Settings& settings, const Inputs& inputs,
                                         const std::vector<std::string>& outputs, const std::function<bool()>& poll);

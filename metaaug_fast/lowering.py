@@ -14,7 +14,6 @@ import linecache
 import math
 import operator
 import os
-import random
 import sys
 import threading
 import time
@@ -27,7 +26,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import op_table
 from .errors import NotFusedError
@@ -49,6 +47,7 @@ from .op_table import (
     describe,
     spatial_or_flat,
 )
+from .randomness import DrawsWatch
 from .snapshot import Snapshot
 
 
@@ -259,18 +258,18 @@ class _Trace(fx.Tracer):
         if not spatial_or_flat(self.input.shape):
             self.refuse("input", f"the engine takes [N, F] or [N, C, H, W] (got {batched(self.input.shape)})")
         output = None
-        draws = _TorchDraws(self)
-        with torch.inference_mode(False), torch.enable_grad(), _symbols_known(self.model), draws:
-            states, before = _random_states(), Snapshot(self.model)
+        with torch.inference_mode(False), torch.enable_grad(), _symbols_known(self.model):
+            before, draws = Snapshot(self.model), DrawsWatch(lambda: not self.untraced)
             try:
                 # A root of its own, so that the model's hooks and __call__ are met like those of any other module.
-                output = self.trace(nn.Sequential(self.model)).output_node().args[0]
+                with draws:
+                    output = self.trace(nn.Sequential(self.model)).output_node().args[0]
             except _Stop:
                 pass
             except Exception as error:
                 self.refuse("forward", f"cannot be traced: {error}", frames=traceback.walk_tb(error.__traceback__))
-            self.generators_moved = states != _random_states()
-            self._check_effects(before, draws.seen or self.generators_moved)
+            self.generators_moved = draws.moved
+            self._check_effects(before, draws.drawn or draws.moved)
         graph = None if any(isinstance(step, Refusal) for step in self.steps) else self._finish(output)
         first = next((step for step in self.steps if isinstance(step, Refusal)), None)
         return Survey(tuple(self.steps), tuple(self.shapes), self.blocker or first, graph)
@@ -605,27 +604,6 @@ def _symbols_known(model: nn.Module) -> Iterator[None]:
         torch.is_tensor = original
         for file, name, _ in patches:
             file.pop(name, None)
-
-
-class _TorchDraws(TorchDispatchMode):
-    """Sees in this thread alone whether what is traced draws random numbers of torch."""
-
-    def __init__(self, trace: _Trace) -> None:
-        super().__init__()
-        self.trace, self.seen = trace, False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        self.seen |= torch.Tag.nondeterministic_seeded in func.tags and not self.trace.untraced
-        return func(*args, **(kwargs or {}))
-
-
-def _random_states() -> list:
-    """What moves where numbers are drawn or generators seeded, by any thread; of torch's the seed alone."""
-    states: list = [torch.initial_seed(), random.getstate()]
-    if "numpy" in sys.modules:
-        _, keys, position, *_ = sys.modules["numpy"].random.get_state()
-        states += [keys.tobytes(), position]
-    return states
 
 
 def _leaves(value: Any) -> Iterator[Any]:

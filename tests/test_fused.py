@@ -851,9 +851,13 @@ def python(program: str, timeout: float = 120) -> str:
 
 
 @on_its_own
-def test_another_thread_runs_meanwhile_and_ctrl_c_stops_the_call():
-    """The call would take many minutes; a thread that counts beside it interrupts it, and it must stop on its own."""
-    program = """
+@pytest.mark.parametrize(("tasks", "steps"), [(64_000, 2000), (1, 2**31 - 1)])
+def test_another_thread_runs_meanwhile_and_ctrl_c_stops_the_call(tasks, steps):
+    """The call would take many minutes; a thread that counts beside it interrupts it, and it must stop on its own.
+
+    Of one task, whose gradient would need the weights of all steps, it is between steps that it must hear.
+    """
+    program = f"""
         import os, signal, threading, time
         import torch, metaaug_fast as mf
 
@@ -865,12 +869,13 @@ def test_another_thread_runs_meanwhile_and_ctrl_c_stops_the_call():
 
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
         model = mf.models.mlp([1, 40, 40, 1])
-        x, y = torch.randn(64_000, 10, 1), torch.randn(64_000, 10, 1)
+        x, y = torch.randn({tasks}, 10, 1), torch.randn({tasks}, 10, 1)
         mf.inner_loop(model, x[:1], y[:1], steps=1, loss="mse", backend="fused")
         thread = threading.Thread(target=interrupt)
         thread.start()
         try:
-            mf.inner_loop(model, x, y, 1e-3, 2000, loss="mse")
+            with torch.set_grad_enabled({tasks > 1}):
+                mf.inner_loop(model, x, y, 1e-3, {steps}, loss="mse")
             print("finished")
         except KeyboardInterrupt:
             print("interrupted")

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import metaaug_fast as mf
+from metaaug_fast import randomness
 from metaaug_fast.lowering import LoweringError, lower
 
 PACKAGE = Path(mf.__file__).parent
@@ -30,7 +31,10 @@ def private(tree):
 
 
 # Each with a way for a torch without it, which a test takes.
-KNOWN = {"reptile.py": {"torch._foreach_add_"}}
+KNOWN = {
+    "reptile.py": {"torch._foreach_add_"},
+    "randomness.py": {"torch.utils._python_dispatch.TorchDispatchMode"},
+}
 
 
 def test_no_other_private_name_of_torch_is_used():
@@ -61,3 +65,18 @@ def test_a_torch_that_does_not_show_its_hooks_is_not_trusted(monkeypatch):
     message = rf"torch {torch.__version__}.* does not tell whether all modules have hooks".replace("+", r"\+")
     with pytest.raises(LoweringError, match=message):
         lower(nn.Sequential(nn.Linear(4, 4)), (4,))
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        torch.rand(())
+        return x
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_draws_are_seen_without_seeing_calls_too(shown, monkeypatch):
+    if not shown:
+        monkeypatch.setattr(randomness, "TorchDispatchMode", None)
+    lower(nn.Sequential(nn.Linear(4, 4)), (4,))
+    with pytest.raises(LoweringError, match="draws random numbers outside dropout"):
+        lower(nn.Sequential(nn.Linear(4, 4), Noisy()), (4,))

@@ -9,7 +9,7 @@
 
 namespace metaaug::cpu {
 
-// Runs body(item, worker) for items 0..count-1 on `workers` workers. `stopped` is asked between tasks, by all of them.
+// Runs body(item, worker) for items 0..count-1 on `workers` workers. `stopped` is asked between steps, by all of them.
 struct Parallel {
   int workers = 1;
   std::function<bool()> stopped = [] { return false; };

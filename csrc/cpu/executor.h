@@ -46,7 +46,7 @@ class Executor final : public cpu::Engine<T> {
     Turns turns;
     parallel.run(groups, [&](int group, int worker) {
       Turns::Turn turn(turns, group);
-      Worker w(*this, call, plan, arenas_[worker], group_size, failures_[group]);
+      Worker w(*this, call, plan, parallel, arenas_[worker], group_size, failures_[group]);
       const int64_t first = int64_t{group} * call.tasks / groups, last = int64_t{group + 1} * call.tasks / groups;
       for (int64_t task = first; task < last && failures_[group].task < 0 && !parallel.stopped(); ++task)
         w.run(int(task));

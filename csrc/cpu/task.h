@@ -12,6 +12,7 @@ struct Executor<T>::Worker {
   const Executor& engine;
   const Call<T>& call;
   const Plan& plan;
+  const Parallel& parallel;
   NonFinite& failure;
   const Packing<T>& packing = engine.packing_;
   const int steps = call.settings.steps;
@@ -30,9 +31,9 @@ struct Executor<T>::Worker {
   Frame<T> tangents, query;
   T* scratch;
 
-  Worker(const Executor& engine, const Call<T>& call, const Plan& plan, Arena<T>& arena, int64_t sums_size,
-         NonFinite& failure)
-      : engine(engine), call(call), plan(plan), failure(failure) {
+  Worker(const Executor& engine, const Call<T>& call, const Plan& plan, const Parallel& parallel, Arena<T>& arena,
+         int64_t sums_size, NonFinite& failure)
+      : engine(engine), call(call), plan(plan), parallel(parallel), failure(failure) {
     lay_out(arena, sums_size, true);  // the same walk twice: sizes, then addresses
     lay_out(arena, sums_size, false);
     std::fill(sums, sums + sums_size, T(0));
@@ -40,10 +41,12 @@ struct Executor<T>::Worker {
     if (call.grad_rates) rate_sum = sums + (sum ? size : 0);
   }
 
+  // Where the call is stopped between two steps, what it has made so far is of no use to anybody.
   void run(int index) {
     task = index;
     load_start();
     for (int k = 0; k < steps && failure.task < 0; ++k) {
+      if (parallel.stopped()) return;
       step(k);
       if (!call.reverse() && call.step_weights && k + 1 < steps) judge(k + 1, nullptr);
     }
@@ -59,6 +62,7 @@ struct Executor<T>::Worker {
     if (carry) std::fill(carry, carry + size, T(0));
     if (tangents.carried) std::fill(tangents.carried, tangents.carried + plan.support->carried_size, T(0));
     for (int k = steps - 1; k >= 0; --k) {
+      if (parallel.stopped()) return;
       step_back(k);
       if (call.step_weights && k > 0) judge(k, adjoint);
     }
