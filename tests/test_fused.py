@@ -683,10 +683,10 @@ def test_mean_displacement_and_adam(optimizer):
     mean, nothing = executor.adapt_mean(problem, support)
     again, asked = executor.adapt_mean(problem, support, query)
     assert nothing is None
-    assert torch.equal(again, mean)
     assert not mean.requires_grad
     start = reference.pack(problem.parameters).detach()
-    torch.testing.assert_close(mean, (expected - start).mean(0), rtol=1e-9, atol=1e-12)
+    for each in (mean, again):
+        torch.testing.assert_close(each, (expected - start).mean(0), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(executor.adapt(problem, support).detach(), expected, rtol=1e-9, atol=1e-12)
     judged, wanted = executor.meta_loss(problem, support, query), reference.meta_loss(problem, support, query)
     for each in (judged, asked):
@@ -695,6 +695,14 @@ def test_mean_displacement_and_adam(optimizer):
         assert torch.equal(each.accuracy, wanted.accuracy)
     differentiable = problem.optimizer == "sgd"
     assert executor.adapt(problem, support).requires_grad == judged.loss.requires_grad == differentiable
+
+
+@pytest.mark.cpu_only("on a GPU a query needs memory, of which there may then be too little for the same order of sums")
+def test_the_same_bits_with_a_query_and_without():
+    support, query = conv_sets(tasks=5)
+    problem = inner_problem(convolutional(), 0.05, 4)
+    executor = executor_of(problem, support.x)
+    assert torch.equal(executor.adapt_mean(problem, support)[0], executor.adapt_mean(problem, support, query)[0])
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4])
