@@ -13,8 +13,8 @@ BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE  := $(shell find csrc tests -name "*.cpp" -o -name "*.h" -o -name "*.cu")
 CUDA    := $(filter %.cu,$(NATIVE))
-# A process for each core.
-PYTEST  := $(BIN)/python -m pytest -q -n auto --dist loadgroup
+# A process for each core; each has a run of neighbours, which share what a module of tests makes once.
+PYTEST  := $(BIN)/python -m pytest -q -n auto --dist worksteal
 SOURCES := $(wildcard setup.py pyproject.toml) $(filter csrc/%,$(NATIVE))
 
 .PHONY: help venv install demo test check test-quick test-oldest test-emulation test-gpu cuda cuda-link bench bench-ops lint format clean

@@ -194,4 +194,4 @@ def test_the_oldest_torch_has_an_environment_of_its_own(tree):
     first, *_, last = calls(tree)
     assert first.startswith("oldest 0 -m pip install")
     assert "torch==2.6.0 " in first
-    assert last == "oldest 0 -m pytest -q -n auto --dist loadgroup -m not slow"
+    assert last == "oldest 0 -m pytest -q -n auto --dist worksteal -m not slow"

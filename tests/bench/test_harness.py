@@ -11,7 +11,7 @@ from metaaug_fast.bench.harness import measure
 from metaaug_fast.bench.rivals import RIVALS, Rival
 from metaaug_fast.bench.workloads import Workload
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("harness")]  # one run of all rivals
+pytestmark = pytest.mark.slow
 TINY = Workload("tiny", "mlp", (1,), 2, 3, 3, 2, 0.1, None, {"sizes": (1, 4, 1)})
 
 

@@ -8,8 +8,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from metaaug_fast.data import Episodes, Glyphs, glyphs
 
-pytestmark = pytest.mark.xdist_group("glyphs")  # drawn once
-
 
 @pytest.fixture(scope="module")
 def everything(cache):
