@@ -31,6 +31,7 @@ def same_learner(one, other):
     return list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_train_resume_and_evaluate(tmp_path):
     whole = run("train", "maml", *SINUSOID, "--threads", 1, "--out", tmp_path / "whole.safetensors")
     assert whole.returncode == 0, whole.stderr
@@ -115,6 +116,7 @@ def test_accuracies_say_whether_they_are_transductive(tmp_path, capsys, monkeypa
     assert report["settings"]["split_styles"] is True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_saves_and_says_how_to_go_on(tmp_path, number):
     out = tmp_path / "s.safetensors"
@@ -319,6 +321,7 @@ def test_version():
     assert shown.stdout.startswith("metaaug-fast 0.")
 
 
+@pytest.mark.slow
 def test_omniglot_as_the_papers_do(tmp_path, capsys, real_omniglot):
     data = ["--data", "omniglot", "--root", str(real_omniglot)]
     arguments = [*data, "--model", "omniglot_mlp", "--tasks", "2", "--steps", "2"]

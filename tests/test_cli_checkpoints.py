@@ -79,6 +79,7 @@ def test_no_code_that_only_a_file_names_is_run(copied, tmp_path, monkeypatch, ca
     assert Path("executed").exists()
 
 
+@pytest.mark.slow
 def test_a_file_cannot_end_the_process(copied):
     changed(copied, model="os:abort")
     done = subprocess.run([sys.executable, "-m", "metaaug_fast", "evaluate", copied], capture_output=True, check=False)

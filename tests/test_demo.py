@@ -22,6 +22,7 @@ def test_the_rival_does_the_same_work(net, steps):
     assert demos.difference(learner, tasks) > 1e-3
 
 
+@pytest.mark.slow
 def test_demo_writes_what_it_promises(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demos, "EPISODES", 8)
     monkeypatch.setattr(demos, "compare", partial(demos.compare, rounds=1))

@@ -39,6 +39,7 @@ def started(*arguments):
     return process
 
 
+@pytest.mark.slow
 def test_two_writers_and_a_reader(tmp_path):
     """No save fails, and every file that is read is one writer's, the one before too."""
     path = tmp_path / "c.safetensors"

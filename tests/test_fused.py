@@ -914,6 +914,7 @@ def test_a_forked_child_computes_the_same():
     assert out == "child 0\n"
 
 
+@pytest.mark.slow
 @on_its_own
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 def test_peak_memory_without_kept_activations_grows_by_the_weights_of_each_step_and_nothing_else(monkeypatch):

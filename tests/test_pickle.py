@@ -66,6 +66,7 @@ def test_a_copy_gives_the_same_and_is_its_own(copied, warm, name):
     assert_same(results(twin, same_tasks), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["maml", "reptile"])
 def test_into_another_process_and_back(name):
     model, tasks = draw()

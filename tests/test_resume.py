@@ -203,6 +203,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_wrong_shapes_do_not_crash_the_process(tmp_path):
     """torch's fused Adam reads beyond moments that are too short."""
     command = [sys.executable, "-c", FUSED, str(tmp_path / "c")]
