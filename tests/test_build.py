@@ -36,12 +36,14 @@ def script(path, *lines):
 
 
 def make(tree, *arguments, **environment):
+    # What a make around the tests was given is in the environment of all that it runs.
+    own = {name: value for name, value in os.environ.items() if name not in ("VENV", "PYTHON", "TORCH")}
     return subprocess.run(
         ["make", "--no-print-directory", f"PYTHON={tree / 'python'}", *arguments],
         cwd=tree,
         capture_output=True,
         text=True,
-        env={**os.environ, "MAKEFLAGS": "", **environment},
+        env={**own, "MAKEFLAGS": "", "MAKEOVERRIDES": "", **environment},
         check=False,
     )
 
