@@ -87,11 +87,11 @@ def test_a_file_cannot_end_the_process(copied):
 
 
 def test_the_hint_to_go_on_names_the_model(tmp_path, monkeypatch, capsys):
-    (tmp_path / "own.py").write_text("from metaaug_fast.models import mlp\nnet = mlp([1, 8, 1])\n")
+    (tmp_path / "named.py").write_text("from metaaug_fast.models import mlp\nnet = mlp([1, 8, 1])\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("metaaug_fast.cli.train", lambda *_, **__: History(stopped_by="SIGTERM"))
-    assert main(["train", "maml", *SINUSOID, "--model", "own:net", "--out", "c"]) == 143
-    assert "to go on: metaaug-fast train maml --resume c --model own:net\n" in capsys.readouterr().out
+    assert main(["train", "maml", *SINUSOID, "--model", "named:net", "--out", "c"]) == 143
+    assert "to go on: metaaug-fast train maml --resume c --model named:net\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

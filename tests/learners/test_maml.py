@@ -137,7 +137,7 @@ def test_per_step_affines_replace_the_models_own(backend: str) -> None:
     assert all(value.grad is not None and value.grad.any() for value in maml.per_step.values())
     with torch.no_grad():
         net[1].weight.add_(1)
-        assert torch.equal(maml(batch).loss, before)
+        assert relative_error(maml(batch).loss, before) < 1e-12
         for value in maml.per_step.values():
             value += torch.rand_like(value)
     fast = maml.adapt(batch.support_x, batch.support_y)
