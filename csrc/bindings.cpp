@@ -153,6 +153,9 @@ PYBIND11_MODULE(_C, m) {
                                in_double ? at::kDouble : at::kFloat);
       },
       py::call_guard<py::gil_scoped_release>());
+  m.def("unflatten", [](const at::Tensor& flat, const std::vector<at::Tensor>& like) {
+    return at::unflatten_dense_tensors(flat, like);
+  });
   m.def("instruction_set", &cpu::instruction_set);
   m.attr("cuda") = kCuda;
   m.attr("why_no_cuda") = METAAUG_WHY_NO_CUDA;

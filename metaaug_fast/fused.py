@@ -188,9 +188,7 @@ class _Call:
         parameters, rates, data = self.split(needs)
         result: list[Tensor | None] = [None] * len(parameters)
         if "grad_parameters" in found:
-            values = self.problem.parameters.values()
-            pieces = found["grad_parameters"].split([value.numel() for value in values])
-            views = (piece.view(value.shape) for piece, value in zip(pieces, values, strict=True))
+            views = _C.unflatten(found["grad_parameters"], list(self.problem.parameters.values()))
             result = [view if need else None for view, need in zip(views, parameters, strict=True)]
         result += self._rate_gradients(found.get("grad_rates"), rates)
         return result + [found.get(f"grad_{name}") if need else None for name, need in data.items()]

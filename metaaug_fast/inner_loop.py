@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -285,7 +286,7 @@ def _checked_query(problem: InnerProblem, support: Support, query: Query, execut
 
 def _lasting(given: _Set) -> _Set:
     """The set with tensors that a graph may keep."""
-    if not any(value.is_inference() for value in vars(given).values() if value is not None):
+    if True not in [value.is_inference() for value in vars(given).values() if value is not None]:
         return given
     return replace(given, **{name: usable(value) for name, value in vars(given).items() if value is not None})
 
@@ -319,18 +320,15 @@ def fingerprint(module: nn.Module) -> tuple[list[object], list[nn.Module]]:
                 buffers += part._buffers.values()
             if part._modules:
                 parts += [child for child in part._modules.values() if child is not None]
-    mark: list[object] = [id(each) for each in (*parts, *parameters, *buffers)]
-    mark += [value.requires_grad for value in parameters]
     tensors = [*parameters, *(value for value in buffers if value is not None)]
     # A tensor's `data` may be set to another's of any kind. What is lazy has no shape, which its class tells.
-    mark += [type(value) for value in tensors]
-    mark += [value.dtype for value in tensors]
-    mark += [value.device for value in tensors]
-    mark += [value.shape for value in tensors if type(value) in _PLAIN or not is_lazy(value)]
+    shaped = [value for value in tensors if type(value) in _PLAIN or not is_lazy(value)]
+    mark = [*map(id, parts), *map(id, parameters), *map(id, buffers), *map(type, tensors), *map(_KIND, shaped)]
     return mark, parts[1:]
 
 
 _PLAIN = (nn.Parameter, Tensor)
+_KIND = attrgetter("requires_grad", "dtype", "device", "shape")
 
 
 @dataclass
@@ -370,7 +368,9 @@ def _choose(problem: InnerProblem, sample_shape: tuple[int, ...], backend: str) 
         *(part.__dict__.get("p") for part in parts),  # a dropout's, which may be set at any time
     )
     with ONE_AT_A_TIME:
-        known = _KNOWN.setdefault(problem.model, _Known())
+        known = _KNOWN.get(problem.model)
+        if known is None:
+            known = _KNOWN[problem.model] = _Known()
         if mark != known.mark:
             known.mark, known.parts = mark, parts
             known.executors.clear()

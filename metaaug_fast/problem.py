@@ -205,10 +205,11 @@ def inner_problem(
 
 
 def check_support(problem: InnerProblem, support: Support, output_shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless the support set fits the problem and the model's output per sample."""
-    check_samples("support", support.x, support.y)
+    """Raise ValueError unless the support set fits the problem and the model's output per sample.
+
+    Its samples are those that `check_samples` and `check_inputs` have let through.
+    """
     check_targets("support_y", problem.loss, support.y, output_shape)
-    check_inputs(problem, "support_x", support.x)
     tasks, samples = support.x.shape[:2]
     weight, rows, initial = support.sample_weight, support.rows, support.initial
     for name, value in (("sample_weight", weight), ("rows", rows), ("initial", initial)):

@@ -67,7 +67,9 @@ def _contents(value: Any) -> Any:
 
     Parameters are part of the learner's own fingerprint.
     """
-    if isinstance(value, nn.Module | nn.Parameter):
+    if isinstance(value, (int, float)):
+        return value
+    if isinstance(value, (nn.Module, nn.Parameter)):
         return None
     if isinstance(value, Tensor):
         return id(value), value.dtype, value.tolist() if value.is_inference() else value._version
