@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 
 
 def pytest_configure() -> None:
-    """Processes that share a run draw the same sample."""
+    """Processes that share a run draw the same sample, and hear Ctrl-C, which a shell's background jobs ignore."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.setdefault("METAAUG_EMULATION_TESTS", str(random.SystemRandom().randrange(10**6)))
 
 
