@@ -256,6 +256,12 @@ X, Y = torch.zeros(T, S, F).double(), torch.zeros(T, S, dtype=torch.int64)
         (lambda: mf.Reptile(network(), inner_lr=-0.1), ValueError, r"inner_lr must be >= 0 and finite \(got -0.1\)"),
         (lambda: mf.Reptile(network(), inner_optimizer="lion"), ValueError, "inner_optimizer must be one of sgd, adam"),
         (lambda: mf.Reptile(network(), inner_batch=2.5), ValueError, r"inner_batch must be >= 1 or None \(got 2.5\)"),
+        (lambda: mf.Reptile(network(), inner_batch=True), ValueError, r"inner_batch must be >= 1 or None \(got True\)"),
+        (
+            lambda: mf.Reptile(network(), meta_lr=True).step(mf.TaskBatch(X, Y, X, Y)),
+            ValueError,
+            r"meta_lr must be >= 0 and finite \(got True\)",
+        ),
         (lambda: mf.Reptile(network()).step((X, Y, X, Y)), TypeError, r"tasks must be a TaskBatch \(got tuple\)"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 
 import torch
@@ -81,7 +82,7 @@ class Reptile(Learner):
         precision: str = "float32",
     ) -> None:
         super().__init__()
-        if inner_batch is not None and (not isinstance(inner_batch, int) or inner_batch < 1):
+        if inner_batch is not None and (type(inner_batch) is not int or inner_batch < 1):
             raise ValueError(f"inner_batch must be >= 1 or None (got {inner_batch})")
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be >= 0 and below 1 (got {betas})")
@@ -119,7 +120,7 @@ class Reptile(Learner):
             NonFiniteError: NaN or infinity arose; names task (0 where they run one by one) and step.
         """
         check_batch(tasks)
-        if not isinstance(self.meta_lr, (int, float)) or not 0 <= self.meta_lr < math.inf:
+        if type(self.meta_lr) not in (int, float) or not 0 <= self.meta_lr <= sys.float_info.max:
             raise ValueError(f"meta_lr must be >= 0 and finite (got {self.meta_lr})")
         moves = [self._move(each, measure) for each in ([tasks] if self.batched else _one_by_one(tasks))]
         outputs = [output for output in moves if output is not None]
