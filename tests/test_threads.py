@@ -49,6 +49,15 @@ START = """
         fast = mf.inner_loop(model, x, y, lr=0.1, steps=2, **options)
         fast(query).square().sum().backward()
         results[name] = [fast.flat.detach(), *(value.grad for value in model.parameters())]
+
+    done = threading.Event()
+
+    def first_calls():
+        try:
+            for name, model in models.items():
+                learn(name, model, backend="fused")
+        finally:
+            done.set()
 """
 
 END = """
@@ -108,14 +117,6 @@ CASES = {
     # Threads beside it that know nothing of this package: they call and build modules, and draw random numbers.
     "bystanders": """
     models = {width: net(width) for width in range(3, 9)}
-    done = threading.Event()
-
-    def first_calls():
-        try:
-            for name, model in models.items():
-                learn(name, model, backend="fused")
-        finally:
-            done.set()
 
     def modules():
         while not done.is_set():
@@ -133,14 +134,6 @@ CASES = {
     # Numbers drawn by another thread now and then are not taken for the model's.
     "random": """
     models = {width: net(width) for width in range(3, 9)}
-    done = threading.Event()
-
-    def first_calls():
-        try:
-            for name, model in models.items():
-                learn(name, model, backend="fused")
-        finally:
-            done.set()
 
     def draw():
         while not done.wait(0.02):
