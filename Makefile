@@ -98,16 +98,16 @@ test-oldest:
 	@METAAUG_CUDA=0 $(MAKE) --no-print-directory test-quick VENV=$(VENV)-oldest TORCH="$(OLDEST_TORCH)" PYTHON="$(OLDEST_PYTHON)"
 
 test-emulation: install
-	METAAUG_EMULATION_TESTS=all $(PYTEST) tests/test_emulation.py
+	METAAUG_EMULATION_TESTS=all $(PYTEST) tests/engine/test_emulation.py
 
 # With the interpreter that has a CUDA build of torch: a machine with a GPU may have no network for an environment of ours.
 test-gpu:
 	arch=$$($(PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())'); \
 	    METAAUG_CUDA=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-$$arch} $(PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH=. $(PYTHON) -m pytest -q tests/test_gpu.py
+	PYTHONPATH=. $(PYTHON) -m pytest -q tests/engine/test_gpu.py
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --seconds 180 $(if $(OUT),--out $(OUT))
-	METAAUG_GPU_CASES=6 PYTHONPATH=. compute-sanitizer --tool memcheck --error-exitcode 1 --quiet $(PYTHON) -m pytest -q tests/test_gpu.py -k networks
-	METAAUG_GPU_CASES=6 PYTHONPATH=. compute-sanitizer --tool racecheck --error-exitcode 1 --quiet $(PYTHON) -m pytest -q tests/test_gpu.py -k networks
+	METAAUG_GPU_CASES=6 PYTHONPATH=. compute-sanitizer --tool memcheck --error-exitcode 1 --quiet $(PYTHON) -m pytest -q tests/engine/test_gpu.py -k networks
+	METAAUG_GPU_CASES=6 PYTHONPATH=. compute-sanitizer --tool racecheck --error-exitcode 1 --quiet $(PYTHON) -m pytest -q tests/engine/test_gpu.py -k networks
 
 # A build for CUDA needs no GPU, and neither does importing it.
 cuda-link:

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 
 import metaaug_fast as mf
-from metaaug_fast import recipes
 from metaaug_fast.bench.operations import count
 from metaaug_fast.bench.rivals import OURS, RIVALS
 from metaaug_fast.bench.workloads import WORKLOADS, Workload
+from metaaug_fast.runs import recipes
 
 NAMES = (
     "conv4-t32-k1",

@@ -7,17 +7,18 @@
 """
 
 from . import data, models
-from .check_gradients import GradientReport, check_gradients
+from .engine import reference
+from .engine.loop import FastWeights, inner_loop
+from .engine.problem import MetaOutput
 from .errors import CheckpointError, FallbackWarning, FileWriteError, NonFiniteError, NotFusedError
-from .evaluation import Evaluation, evaluate
-from .explain import explain
-from .history import History
-from .inner_loop import FastWeights, inner_loop
+from .inspect.explanation import explain
+from .inspect.gradients import GradientReport, check_gradients
 from .learners.maml import MAML
 from .learners.reptile import Reptile
-from .problem import MetaOutput
+from .runs.evaluation import Evaluation, evaluate
+from .runs.history import History
+from .runs.training import train
 from .tasks import TaskBatch
-from .training import train
 
 __all__ = [
     "MAML",
@@ -39,5 +40,6 @@ __all__ = [
     "explain",
     "inner_loop",
     "models",
+    "reference",
     "train",
 ]

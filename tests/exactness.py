@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from metaaug_fast.problem import InnerProblem, Query, Support
+from metaaug_fast.engine.problem import InnerProblem, Query, Support
 
 RATE_FORMS = ("number", "scalar", "step", "tensor", "tensor, step", "element", "element, step", "mixed")
 

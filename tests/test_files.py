@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from metaaug_fast import checkpoint
 from metaaug_fast.errors import FileWriteError
 from metaaug_fast.files import claimed, previous_of, try_writing, write_atomically
+from metaaug_fast.runs import checkpoint
 
 WRITER = """
 import sys, torch
-from metaaug_fast import checkpoint
+from metaaug_fast.runs import checkpoint
 path, number, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 import time
 print("ready", flush=True)

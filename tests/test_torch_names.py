@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import metaaug_fast as mf
-from metaaug_fast import randomness
-from metaaug_fast.lowering import LoweringError, lower
+from metaaug_fast.engine.lowering import randomness
+from metaaug_fast.engine.lowering.trace import LoweringError, lower
 
 PACKAGE = Path(mf.__file__).parent
 MODULES = {"torch", "nn", "fx", "F"}

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from .. import reference
-from ..problem import InnerProblem, Query, Support
+from ..engine import reference
+from ..engine.problem import InnerProblem, Query, Support
 from ..tasks import TaskBatch
 from .row import Row
 from .worker import RivalError

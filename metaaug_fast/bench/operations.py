@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..lowering import Graph, Op, lower
+from ..engine.lowering.trace import Graph, Op, lower
 from .workloads import Workload
 
 

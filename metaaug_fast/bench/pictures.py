@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..plots import ACCENT, INK, MUTED, RIGHT, SECOND, WRONG, style
+from ..report.plots import ACCENT, INK, MUTED, RIGHT, SECOND, WRONG, style
 from .ceilings import Ceilings
 from .operations import Count
 from .report import Report, Result, milliseconds

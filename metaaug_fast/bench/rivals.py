@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from ..engine.lowering.trace import lower
+from ..engine.problem import NORMS
 from ..errors import NotFusedError
 from ..learners.maml import MAML
 from ..learners.reptile import Reptile
-from ..lowering import lower
-from ..problem import NORMS
 from ..tasks import TaskBatch
 from .workloads import ADAM_BETAS, ADAM_EPS, Workload, sets
 

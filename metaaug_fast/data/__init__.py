@@ -2,10 +2,10 @@
 
 from .draws import Draws
 from .episodes import Episodes, EpisodeSpec, TaskSource
-from .glyphs import Glyphs
-from .images import ClassImages
-from .omniglot import Omniglot, download_omniglot
-from .sinusoid import Sinusoids
+from .readers.glyphs import Glyphs
+from .readers.omniglot import Omniglot, download_omniglot
+from .readers.sinusoid import Sinusoids
+from .samples import ClassImages
 
 __all__ = [
     "ClassImages",

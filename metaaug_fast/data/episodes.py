@@ -10,7 +10,7 @@ import torch
 
 from ..tasks import TaskBatch
 from .draws import Draws
-from .images import ClassImages
+from .samples import ClassImages
 
 Sampler = Callable[[Draws], TaskBatch]
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..inner_loop import meta_loss
-from ..losses import Loss
-from ..problem import (
+from ..engine.loop import meta_loss
+from ..engine.losses import Loss
+from ..engine.problem import (
     NORMS,
     InnerProblem,
     LearningRate,
@@ -24,7 +24,7 @@ from ..problem import (
     patterns,
 )
 from ..tasks import TaskBatch, check_batch
-from .base import Learner
+from .gradient import Learner
 
 
 class MAML(Learner):

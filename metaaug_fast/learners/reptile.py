@@ -9,21 +9,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ..inner_loop import FastWeights, adapt_tasks_mean
-from ..losses import Loss
-from ..problem import (
-    InnerProblem,
-    LearningRate,
-    MetaOutput,
-    Query,
-    Support,
-    check_flag,
-    inner_problem,
-    patterns,
-)
-from ..reference import unpack
+from ..engine.loop import FastWeights, adapt_tasks_mean
+from ..engine.losses import Loss
+from ..engine.problem import InnerProblem, LearningRate, MetaOutput, Query, Support, check_flag, inner_problem, patterns
+from ..engine.reference import unpack
 from ..tasks import TaskBatch, check_batch, check_samples
-from .base import Learner
+from .gradient import Learner
 
 POLICIES = ("batch", "frozen")
 

@@ -5,11 +5,11 @@ import os
 from pathlib import Path
 
 import pytest
-from bench import fake_rivals
 
 from metaaug_fast.bench.harness import measure
 from metaaug_fast.bench.rivals import RIVALS, Rival
 from metaaug_fast.bench.workloads import Workload
+from tests.bench import fake_rivals
 
 pytestmark = pytest.mark.slow
 TINY = Workload("tiny", "mlp", (1,), 2, 3, 3, 2, 0.1, None, {"sizes": (1, 4, 1)})

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from metaaug_fast import reference
+from metaaug_fast.engine import reference
+from metaaug_fast.engine.problem import MetaOutput, Query, Support
 from metaaug_fast.errors import NonFiniteError
 from metaaug_fast.learners.maml import MAML
-from metaaug_fast.problem import MetaOutput, Query, Support
 from metaaug_fast.tasks import TaskBatch
 
 T, S, Q, F, C, K = 3, 6, 5, 4, 3, 3

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from builds import folder_of
 
 from metaaug_fast import _C
+from tests.builds import folder_of
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

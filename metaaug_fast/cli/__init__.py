@@ -1,0 +1,1 @@
+"""The console program, one file a command."""

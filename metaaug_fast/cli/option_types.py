@@ -1,0 +1,82 @@
+"""What the console program's options may be: text to value, or one sentence why not."""
+
+from __future__ import annotations
+
+import math
+from argparse import ArgumentTypeError
+
+import torch
+
+from ..bench.worker import cores
+
+_COUNTS_END = 2**31  # the engine counts in 31 bits
+_THREADS_A_CORE = 8
+
+
+def count(text: str) -> int:
+    """An integer >= 1 that the engine can count to."""
+    return _integer(text, 1)
+
+
+def episodes(text: str) -> int:
+    """A number of episodes to judge on; an interval needs a spread."""
+    return _integer(text, 2)
+
+
+def threads(text: str) -> int:
+    """A number of threads; far beyond the cores the operating system refuses them, and the process dies of it."""
+    value, most = _integer(text, 1, math.inf), _THREADS_A_CORE * cores()
+    if value > most:
+        raise ArgumentTypeError(f"must be at most {_THREADS_A_CORE} for each of {cores()} cores, {most} (got {text})")
+    return value
+
+
+def rate(text: str) -> float:
+    """A finite number >= 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ArgumentTypeError(f"must be a number >= 0 (got {text})")
+    return value
+
+
+def seconds(text: str) -> float:
+    """A finite number above 0."""
+    value = rate(text)
+    if value == 0:
+        raise ArgumentTypeError("must be above 0 (got 0)")
+    return value
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """Sizes between commas."""
+    return tuple(count(size) for size in text.split(","))
+
+
+def device(text: str) -> torch.device:
+    """The CPU or a GPU that is there."""
+    try:
+        found = torch.device(text)
+    except RuntimeError:
+        found = torch.device("meta")
+    if found.type == "cuda" and (found.index or 0) < torch.cuda.device_count():
+        return torch.device("cuda", found.index or 0)
+    if found.type != "cpu":
+        raise ArgumentTypeError(
+            f"must be cpu or one of the GPUs that torch sees, {torch.cuda.device_count()} (got {text})"
+        )
+    return found
+
+
+def _integer(text: str, low: int, end: float = _COUNTS_END) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = low - 1
+    if value < low:
+        raise ArgumentTypeError(f"must be an integer >= {low} (got {text})")
+    if value >= end:
+        raise ArgumentTypeError(f"must be an integer below 2**31 (got {text})")
+    return value

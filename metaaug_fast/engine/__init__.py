@@ -1,0 +1,1 @@
+"""The inner loop and what runs it; nothing here knows a learner."""

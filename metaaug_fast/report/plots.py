@@ -1,0 +1,192 @@
+"""Pictures of episodes, learning curves and regression tasks, written straight to a file (pyplot is not touched)."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.gridspec import SubplotSpec
+from torch import Tensor
+
+from ..tasks import TaskBatch
+
+if TYPE_CHECKING:
+    from ..runs.history import History
+
+INK, MUTED, GRID = "#1f2430", "#7a8190", "#e4e7ec"
+RIGHT, WRONG, ACCENT, SECOND = "#2a9d5c", "#d1434b", "#2f6fdb", "#e08e1b"
+
+
+def plot_episode(tasks: TaskBatch, predictions: Tensor, path: str | Path, task: int = 0) -> None:
+    """One classification episode: in each class's row its support images, then its queries and what they were read as.
+
+    Args:
+        tasks: images `[T, N, C, H, W]` (one or three channels) or `[T, N, H, W]`, class ids `[T, N]`.
+        predictions: class ids `[T, Q]`, or logits `[T, Q, ways]`.
+        path: where to write; the suffix names the format.
+        task: which of the tasks.
+
+    Raises:
+        ValueError: the inputs are no images, or the predictions do not fit the queries.
+
+    >>> import tempfile, torch
+    >>> y = torch.arange(5).repeat(1, 1)
+    >>> batch = TaskBatch(torch.rand(1, 5, 1, 28, 28), y, torch.rand(1, 5, 1, 28, 28), y)
+    >>> path = Path(tempfile.mkdtemp()) / "episode.png"
+    >>> plot_episode(batch, torch.randn(1, 5, 5), path)
+    >>> path.stat().st_size > 1000
+    True
+    """
+    if tasks.support_x.ndim not in (4, 5):
+        raise ValueError(f"tasks must hold images [T, N, C, H, W] (got support_x {tuple(tasks.support_x.shape)})")
+    read_as = predictions[task].detach().cpu()
+    read_as = read_as.argmax(-1) if read_as.ndim == 2 else read_as
+    support_x, support_y, query_x, query_y = (
+        value[task].detach().cpu() for value in (tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y)
+    )
+    if read_as.shape != query_y.shape:
+        raise ValueError(f"predictions must be [T, {len(query_y)}] (got {tuple(predictions.shape)})")
+    ways = int(support_y.max()) + 1
+    names = [string.ascii_uppercase[way] if way < 26 else str(way) for way in range(ways)]
+    shots = int(support_y.bincount(minlength=ways).max())
+    queries = int(query_y.bincount(minlength=ways).max())
+
+    figure = Figure(figsize=(0.95 * (shots + queries) + 1.1, 1.12 * ways + 0.9), dpi=150, facecolor="white")
+    grid = figure.add_gridspec(
+        ways, shots + queries + 1, width_ratios=[1] * shots + [0.35] + [1] * queries, hspace=0.34, wspace=0.12,
+        left=0.07, right=0.98, top=1 - 0.72 / figure.get_figheight(), bottom=0.3 / figure.get_figheight(),
+    )  # fmt: skip
+    for way in range(ways):
+        own_support, own_queries = support_x[support_y == way], query_x[query_y == way]
+        for column, image in enumerate(own_support):
+            axes = _image_axes(figure, grid[way, column], image, MUTED)
+            if column == 0:
+                axes.set_ylabel(names[way], rotation=0, labelpad=14, va="center", fontsize=13, color=INK)
+            if way == 0 and column == 0:
+                axes.set_title("support", loc="left", fontsize=11, color=INK, pad=8)
+        for column, (image, guess) in enumerate(zip(own_queries, read_as[query_y == way].tolist(), strict=True)):
+            color = RIGHT if guess == way else WRONG
+            axes = _image_axes(figure, grid[way, shots + 1 + column], image, color, width=2.2)
+            axes.set_xlabel(f"{names[guess]} {'✓' if guess == way else '✗'}", fontsize=9, color=color, labelpad=2)
+            if way == 0 and column == 0:
+                axes.set_title("queries, read as", loc="left", fontsize=11, color=INK, pad=8)
+    right = int((read_as == query_y).sum())
+    figure.suptitle(
+        f"{ways}-way {shots}-shot: {right} of {len(query_y)} right", x=0.02, ha="left", fontsize=12, color=INK,
+        y=1 - 0.12 / figure.get_figheight(), va="top", fontweight="bold",
+    )  # fmt: skip
+    _write(figure, path)
+
+
+def plot_learning_curve(history: History, path: str | Path, title: str = "") -> None:
+    """Accuracy, or the loss where there are no classes, on training and validation episodes over the meta-steps.
+
+    >>> import tempfile
+    >>> from metaaug_fast.runs.history import History, Point
+    >>> history = History(training=[Point(10, 0.8, 0.7), Point(20, 0.4, 0.9)])
+    >>> path = Path(tempfile.mkdtemp()) / "curve.png"
+    >>> plot_learning_curve(history, path)
+    >>> path.exists()
+    True
+    """
+    figure = Figure(figsize=(6.4, 3.6), dpi=150, facecolor="white", layout="constrained")
+    axes = figure.add_subplot()
+    accuracies = [point.accuracy for point in history.training if point.accuracy is not None]
+    classes = bool(accuracies)
+    scale = 100 if classes else 1
+    values = accuracies or [point.loss for point in history.training]
+    steps = [point.step for point in history.training]
+    axes.plot(steps, scale * np.array(values), color=ACCENT, alpha=0.75, lw=1.3, label="training episodes")
+    if history.validation:
+        at, mean, interval = np.array([(point.step, point.mean, point.interval) for point in history.validation]).T
+        axes.fill_between(at, scale * (mean - interval), scale * (mean + interval), color=SECOND, alpha=0.25, lw=0)
+        axes.plot(at, scale * mean, color=SECOND, lw=1.8, marker="o", ms=3.5, label="new classes, 95 % interval")
+    style(axes, "meta-steps", "accuracy, %" if classes else "loss")
+    if classes:
+        axes.set_ylim(top=101)
+    else:
+        axes.set_yscale("log")
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    if title:
+        axes.set_title(title, loc="left", fontsize=11, color=INK)
+    _write(figure, path)
+
+
+def plot_sinusoid(tasks: TaskBatch, curves: Mapping[int, Tensor], path: str | Path, panels: int = 3) -> None:
+    """Regression tasks before and after adaptation, a panel for each of the first tasks.
+
+    Args:
+        tasks: scalar inputs and targets; the queries, sorted by x, draw the true curve.
+        curves: predictions on the queries `[T, Q, 1]` after so many inner steps.
+        path: where to write; the suffix names the format.
+        panels: how many tasks.
+
+    >>> import tempfile, torch
+    >>> x = torch.linspace(-5, 5, 50).reshape(1, -1, 1)
+    >>> batch = TaskBatch(x[:, ::10], x[:, ::10].sin(), x, x.sin())
+    >>> path = Path(tempfile.mkdtemp()) / "sinusoid.png"
+    >>> plot_sinusoid(batch, {0: 0 * x, 1: 0.9 * x.sin()}, path, panels=1)
+    >>> path.exists()
+    True
+    """
+    panels = min(panels, tasks.tasks)
+    figure = Figure(figsize=(3.4 * panels + 0.4, 3.1), dpi=150, facecolor="white", layout="constrained")
+    shades = [MUTED, SECOND, ACCENT, RIGHT]
+    for task, axes in enumerate(np.atleast_1d(figure.subplots(1, panels, sharey=True))):
+        x = tasks.query_x[task].detach().flatten()
+        order = x.argsort()
+        axes.plot(
+            x[order], tasks.query_y[task].detach().flatten()[order], color=INK, lw=1.2, ls=(0, (4, 3)), label="truth"
+        )
+        for color, (steps, curve) in zip(shades, sorted(curves.items()), strict=False):
+            label = "before adaptation" if steps == 0 else f"after {steps} step{'s' * (steps > 1)}"
+            axes.plot(x[order], curve[task].detach().flatten()[order], color=color, lw=1.8, label=label)
+        axes.plot(
+            tasks.support_x[task].flatten(), tasks.support_y[task].flatten(), "o", color=INK, ms=4.5, label="support"
+        )
+        style(axes, "x", "y" if task == 0 else "")
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=6,
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+    )
+    _write(figure, path)
+
+
+def _image_axes(figure: Figure, cell: SubplotSpec, image: Tensor, color: str, width: float = 1.0) -> Axes:
+    """One picture in a frame, dark ink on light paper whichever way it is stored."""
+    axes = figure.add_subplot(cell)
+    if image.ndim == 3 and image.shape[0] == 3:
+        axes.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy())
+    else:
+        plane = image.reshape(image.shape[-2:]).numpy()
+        axes.imshow(plane, cmap="gray" if plane.mean() > 0.5 * plane.max() else "gray_r", interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set(color=color, linewidth=width)
+    return axes
+
+
+def style(axes: Axes, x: str, y: str, size: float = 10) -> None:
+    """Labels in points, a quiet grid, no frame above and to the right."""
+    axes.set_xlabel(x, color=INK, fontsize=size)
+    axes.set_ylabel(y, color=INK, fontsize=size)
+    axes.grid(color=GRID, lw=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=MUTED, labelsize=size - 1)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GRID)
+
+
+def _write(figure: Figure, path: str | Path) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)

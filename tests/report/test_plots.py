@@ -1,0 +1,98 @@
+import subprocess
+import sys
+
+import matplotlib.image
+import pytest
+import torch
+
+from metaaug_fast.report import plots
+from metaaug_fast.runs.history import History, Point, ValidationPoint
+from metaaug_fast.tasks import TaskBatch
+
+
+def picture(path):
+    """RGB pixels, 0 to 1."""
+    return torch.from_numpy(matplotlib.image.imread(path)[..., :3].copy())
+
+
+def has_color(pixels, name):
+    color = torch.tensor([int(name[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return bool(((pixels - color).abs().amax(-1) < 0.02).any())
+
+
+def episode(ways=5, shots=2, queries=3, channels=1):
+    """Two tasks of grey noise, which holds no colour of the frames."""
+    support_x, query_x = (
+        torch.rand(2, ways * each, 1, 28, 28).repeat(1, 1, channels, 1, 1) for each in (shots, queries)
+    )
+    support_y = torch.arange(ways).repeat_interleave(shots).repeat(2, 1)
+    query_y = torch.arange(ways).repeat_interleave(queries).repeat(2, 1)
+    return TaskBatch(support_x, support_y, query_x, query_y)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_episode_marks_right_and_wrong(tmp_path, channels):
+    tasks = episode(channels=channels)
+    plots.plot_episode(tasks, tasks.query_y, tmp_path / "right.png")
+    assert has_color(picture(tmp_path / "right.png"), plots.RIGHT)
+    assert not has_color(picture(tmp_path / "right.png"), plots.WRONG)
+    plots.plot_episode(tasks, (tasks.query_y + 1) % 5, tmp_path / "wrong.png")
+    assert has_color(picture(tmp_path / "wrong.png"), plots.WRONG)
+    assert not has_color(picture(tmp_path / "wrong.png"), plots.RIGHT)
+
+
+def test_episode_reads_logits_of_the_chosen_task(tmp_path):
+    tasks = episode()
+    logits = torch.nn.functional.one_hot(tasks.query_y, 5).float()
+    logits[0] = logits[0].roll(1, -1)
+    plots.plot_episode(tasks, logits, tmp_path / "new folder" / "1.png", task=1)
+    assert not has_color(picture(tmp_path / "new folder" / "1.png"), plots.WRONG)
+
+
+def test_ink_is_dark_whichever_way_it_is_stored(tmp_path):
+    light_on_dark = torch.zeros(1, 2, 1, 28, 28)
+    light_on_dark[..., 10:14, 5:20] = 1
+    y = torch.arange(2).repeat(1, 1)
+    for name, images in (("a", light_on_dark), ("b", 1 - light_on_dark)):
+        plots.plot_episode(TaskBatch(images, y, images, y), y, tmp_path / f"{name}.png")
+    assert torch.equal(picture(tmp_path / "a.png"), picture(tmp_path / "b.png"))
+
+
+def test_episode_refuses_what_it_cannot_draw(tmp_path):
+    tasks = episode()
+    with pytest.raises(ValueError, match=r"predictions must be \[T, 15\] \(got \(2, 14\)\)"):
+        plots.plot_episode(tasks, tasks.query_y[:, 1:], tmp_path / "x.png")
+    points = TaskBatch(torch.zeros(1, 3, 1), torch.zeros(1, 3, 1), torch.zeros(1, 3, 1), torch.zeros(1, 3, 1))
+    with pytest.raises(ValueError, match=r"tasks must hold images"):
+        plots.plot_episode(points, points.query_y, tmp_path / "x.png")
+
+
+def test_learning_curve_shows_validation_where_there_is_one(tmp_path):
+    training = [Point(step, 1 / step, 1 - 1 / step) for step in range(1, 50)]
+    plots.plot_learning_curve(History(training), tmp_path / "plain.png", title="one")
+    assert not has_color(picture(tmp_path / "plain.png"), plots.SECOND)
+    validation = [ValidationPoint(step, 0.8, 0.02) for step in (10, 20, 40)]
+    plots.plot_learning_curve(History(training, validation), tmp_path / "both.png")
+    assert has_color(picture(tmp_path / "both.png"), plots.SECOND)
+    losses = [Point(point.step, point.loss) for point in training]
+    plots.plot_learning_curve(History(losses, validation), tmp_path / "loss.png")
+    assert has_color(picture(tmp_path / "loss.png"), plots.SECOND)
+
+
+def test_sinusoids_before_and_after(tmp_path):
+    x = torch.linspace(-5, 5, 80).reshape(1, -1, 1).repeat(4, 1, 1)
+    tasks = TaskBatch(x[:, ::10], x[:, ::10].sin(), x, x.sin())
+    plots.plot_sinusoid(tasks, {0: 0 * x, 1: 0.7 * x.sin(), 10: x.sin()}, tmp_path / "s.png")
+    pixels = picture(tmp_path / "s.png")
+    assert all(has_color(pixels, color) for color in (plots.MUTED, plots.SECOND, plots.ACCENT))
+
+
+def test_pyplot_is_left_alone(tmp_path):
+    script = f"""
+import sys
+from metaaug_fast.report.plots import plot_learning_curve
+from metaaug_fast.runs.history import History, Point
+plot_learning_curve(History([Point(1, 0.5), Point(2, 0.4)]), {str(tmp_path / "c.png")!r})
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,0 +1,116 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from metaaug_fast.data import ClassImages, Episodes, Sinusoids
+from metaaug_fast.learners.maml import MAML
+from metaaug_fast.learners.reptile import Reptile
+from metaaug_fast.models import mlp, strided_conv4
+from metaaug_fast.runs.evaluation import Evaluation, evaluate, is_transductive
+
+
+def blobs(classes=12, samples=8):
+    """Classes that are easy to tell apart: a direction each, with noise."""
+    centres = torch.randn(classes, 1, 6)
+    points = centres + 0.3 * torch.randn(classes, samples, 6)
+    return ClassImages.from_arrays(points.flatten(0, 1), torch.arange(classes).repeat_interleave(samples))
+
+
+def test_accuracy_and_interval_are_those_of_the_episodes():
+    learner = MAML(mlp([6, 16, 5]), inner_lr=0.5, inner_steps=3)
+    episodes = Episodes(blobs(), shots=2, queries=3, tasks=7)
+    accuracies, losses = [], []
+    for index in range(3):
+        tasks = episodes.batch(index)
+        for task in range(7):
+            model = learner.adapt(tasks.support_x, tasks.support_y).module(task)
+            logits = model(tasks.query_x[task])
+            accuracies.append(float((logits.argmax(-1) == tasks.query_y[task]).float().mean()))
+            losses.append(float(nn.functional.cross_entropy(logits, tasks.query_y[task]).detach()))
+    count = 17
+    values = torch.tensor(accuracies[:count], dtype=torch.float64)
+    result = evaluate(learner, episodes, count)
+    assert result.metric == "accuracy"
+    assert result.episodes == count
+    assert result.steps == 3
+    assert result.mean == pytest.approx(float(values.mean()), abs=1e-6)
+    assert result.interval == pytest.approx(1.96 * float(values.std()) / math.sqrt(count), abs=1e-6)
+    assert result.loss == pytest.approx(sum(losses[:count]) / count, rel=1e-4)
+    assert result.by_step == ()
+
+
+def test_repeated_calls_judge_alike_and_leave_no_trace():
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 5))
+    learner = MAML(model, inner_steps=2)
+    episodes = Episodes(blobs(), tasks=5, queries=2)
+    next(episodes)
+    generator = torch.get_rng_state()
+    assert evaluate(learner, episodes, 12) == evaluate(learner, episodes, 12)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert episodes.position == 1
+    assert learner.training
+    assert model.training
+    assert all(parameter.grad is None for parameter in learner.parameters())
+    learner.eval()
+    evaluate(learner, episodes, 2)
+    assert not learner.training
+
+
+@torch.no_grad()
+def test_regression_reports_the_loss_after_every_step():
+    learner = MAML(mlp([1, 8, 1]), inner_lr=0.02, inner_steps=3, loss="mse")
+    episodes = Episodes(Sinusoids(), shots=6, queries=5, tasks=10)
+    result = evaluate(learner, episodes, 20, by_step=True)
+    assert result.metric == "mse"
+    assert len(result.by_step) == 4
+    assert result.by_step[-1] == result.mean
+    assert result.mean == pytest.approx(result.loss)
+    queries = [episodes.batch(index) for index in range(2)]
+    before = sum(
+        float((learner.model(each.query_x.flatten(0, 1)) - each.query_y.flatten(0, 1)).square().mean())
+        for each in queries
+    )
+    assert result.by_step[0] == pytest.approx(before / 2, rel=1e-5)
+    assert evaluate(learner, episodes, 20, steps=2).mean == pytest.approx(result.by_step[2], rel=1e-6)
+    assert not result.transductive
+
+
+def test_reptile_and_callable_losses():
+    def huber(prediction, target):
+        return nn.functional.huber_loss(prediction, target)
+
+    episodes = Episodes(Sinusoids(), shots=4, queries=5, tasks=4)
+    learner = Reptile(mlp([1, 8, 1]), inner_lr=0.01, inner_batch=2, loss="mse")
+    assert evaluate(learner, episodes, 8, steps=7).steps == 7
+    learner = MAML(mlp([1, 8, 1]), inner_lr=0.01, loss=huber, backend="fallback")
+    result = evaluate(learner, episodes, 8)
+    assert result.metric == "huber"
+    assert result.mean == pytest.approx(result.loss)
+
+
+@pytest.mark.parametrize(
+    ("policy", "transductive"), [("batch", True), ("per_step", True), ("running", False), ("frozen", False)]
+)
+def test_transduction_follows_the_batch_norm_policy(policy, transductive):
+    learner = MAML(strided_conv4(hidden=2), batch_norm=policy)
+    assert is_transductive(learner) is transductive
+    assert not is_transductive(MAML(strided_conv4(hidden=2, norm="group"), batch_norm="batch"))
+
+
+def test_text_says_everything_that_a_figure_needs():
+    result = Evaluation("accuracy", 0.97321, 0.00412, 0.1, 600, 1, True)
+    assert str(result) == "accuracy 97.32 % +- 0.41 % (95 % interval, 600 episodes, 1 inner step, transductive)"
+    result = Evaluation("accuracy", 0.5, 0.1, 0.1, 10, 3, False)
+    assert str(result) == "accuracy 50.00 % +- 10.00 % (95 % interval, 10 episodes, 3 inner steps, not transductive)"
+    assert str(Evaluation("mse", 0.77, 0.05, 0.77, 600, 1, False)).startswith("mse 0.7700 +- 0.0500 (95 % interval")
+
+
+def test_bad_counts():
+    learner = MAML(mlp([1, 8, 1]), loss="mse")
+    episodes = Episodes(Sinusoids(), tasks=4)
+    with pytest.raises(ValueError, match=r"count must be >= 2 episodes, .* \(got 1\)"):
+        evaluate(learner, episodes, 1)
+    with pytest.raises(ValueError, match=r"steps must be >= 0 \(got -1\)"):
+        evaluate(learner, episodes, 4, steps=-1)
