@@ -67,6 +67,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 ifneq ($(NATIVE),)
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
 endif

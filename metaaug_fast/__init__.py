@@ -8,8 +8,8 @@
 
 from . import data, models
 from .engine import reference
-from .engine.loop import FastWeights, inner_loop
-from .engine.problem import MetaOutput
+from .engine.fast_weights import FastWeights
+from .engine.loop import inner_loop
 from .errors import CheckpointError, FallbackWarning, FileWriteError, NonFiniteError, NotFusedError
 from .inspect.explanation import explain
 from .inspect.gradients import GradientReport, check_gradients
@@ -18,7 +18,7 @@ from .learners.reptile import Reptile
 from .runs.evaluation import Evaluation, evaluate
 from .runs.history import History
 from .runs.training import train
-from .tasks import TaskBatch
+from .tasks import MetaOutput, TaskBatch
 
 __all__ = [
     "MAML",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .checks import check_count
 
 _FLOATS = (torch.float32, torch.float64)
 
@@ -59,13 +61,49 @@ class TaskBatch:
         """The number of tasks, T."""
         return self.support_x.shape[0]
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Support inputs and targets, query inputs and targets."""
+        return self.support_x, self.support_y, self.query_x, self.query_y
+
+    def __len__(self) -> int:
+        return self.tasks
+
+    def __getitem__(self, index: int | slice) -> TaskBatch:
+        """Some of the tasks; one of them is a batch of one task.
+
+        >>> import torch
+        >>> batch = TaskBatch(*(torch.zeros(4, 5, 1) for _ in range(4)))
+        >>> batch[-1].tasks, batch[1:].tasks
+        (1, 3)
+        """
+        if isinstance(index, slice):
+            return TaskBatch(*(each[index] for each in self.tensors))
+        if not -self.tasks <= index < self.tasks:
+            raise IndexError(f"task must be one of {self.tasks} (got {index})")
+        return self[index % self.tasks : index % self.tasks + 1]
+
+    def split(self, tasks: int) -> list[TaskBatch]:
+        """Batches of so many tasks; the last may have fewer."""
+        check_count("tasks", tasks, low=1)
+        return [self[begin : begin + tasks] for begin in range(0, self.tasks, tasks)]
+
     def to(self, *args: Any, **kwargs: Any) -> TaskBatch:
         """The batch on another device, which need not wait for a GPU; a dtype is for inputs and floating targets."""
         moved = []
-        for value in (self.support_x, self.support_y, self.query_x, self.query_y):
+        for value in self.tensors:
             there = sent(value, value.new_empty(0).to(*args, **kwargs).device)
             moved.append(there.to(*args, **kwargs) if value.is_floating_point() else there)
         return TaskBatch(*moved)
+
+
+@dataclass(frozen=True)
+class MetaOutput:
+    """loss: mean over tasks. task_losses: `[T]`; both differentiable. accuracy: `[T]` for class ids, else None."""
+
+    loss: Tensor
+    task_losses: Tensor
+    accuracy: Tensor | None = field(default=None)
 
 
 def sent(value: Tensor, device: torch.device) -> Tensor:

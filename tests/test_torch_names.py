@@ -9,7 +9,8 @@ from torch import nn
 
 import metaaug_fast as mf
 from metaaug_fast.engine.lowering import randomness
-from metaaug_fast.engine.lowering.trace import LoweringError, lower
+from metaaug_fast.engine.lowering.graph import LoweringError
+from metaaug_fast.engine.lowering.trace import lower
 
 PACKAGE = Path(mf.__file__).parent
 MODULES = {"torch", "nn", "fx", "F"}

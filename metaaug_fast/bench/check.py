@@ -12,7 +12,7 @@ from ..engine.problem import InnerProblem, Query, Support
 from ..tasks import TaskBatch
 from .row import Row
 from .worker import RivalError
-from .workloads import Workload, sets
+from .workloads import Workload
 
 EPSILON = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}
 JUDGED = 20
@@ -37,7 +37,7 @@ class Check:
         row.error = self._error(found, self.tasks.tasks)
         if row.error <= self._tolerance(torch.float32):
             return
-        few = TaskBatch(*(each[: self.FEW] for each in sets(self.tasks))).to(torch.float64)
+        few = self.tasks[: self.FEW].to(torch.float64)
         note = f"{row.error:.0e} off in float32"
         try:
             row.error = self._error(again(few), few.tasks)
@@ -83,7 +83,7 @@ def expected(workload: Workload, tasks: int) -> list[np.ndarray]:
         tasks = min(tasks, JUDGED)
     each_task = []
     for task in range(tasks):
-        x, y, query_x, query_y = (each[task : task + 1] for each in sets(inputs))
+        x, y, query_x, query_y = inputs[task].tensors
         each_task.append(_of_a_task(workload.kind, problem, Support(x, y), Query(query_x, query_y)))
     combine = np.concatenate if workload.kind == "evaluation" else np.mean
     return [combine(arrays, axis=0) for arrays in zip(*each_task, strict=True)]

@@ -15,7 +15,7 @@ from jax import lax
 from torch import nn
 
 from ..tasks import TaskBatch
-from .workloads import ADAM_BETAS, ADAM_EPS, Workload, sets
+from .workloads import ADAM_BETAS, ADAM_EPS, Workload
 
 Arrays = tuple[Any, ...]
 
@@ -25,7 +25,7 @@ def build(workload: Workload, model: nn.Module, tasks: TaskBatch) -> Callable[[]
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_x64", True)  # for the check; arrays of float32 stay what they are
     parameters = tuple(jnp.array(value.detach().numpy()) for value in model.parameters())
-    data = [jnp.array(each.numpy()) for each in sets(tasks)]
+    data = [jnp.array(each.numpy()) for each in tasks.tensors]
     loss = _loss(workload)
     if workload.kind == "reptile":
         changes = _over_tasks(workload, _adam_change(workload, loss))

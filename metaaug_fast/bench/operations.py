@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..engine.lowering.trace import Graph, Op, lower
+from ..engine.lowering.graph import Graph, Op
+from ..engine.lowering.trace import lower
 from .workloads import Workload
 
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..report.plots import ACCENT, INK, MUTED, RIGHT, SECOND, WRONG, style
 from .ceilings import Ceilings
+from .growth import Growth
 from .operations import Count
 from .report import Report, Result, milliseconds
 from .rivals import OURS, RIVALS
-
-if TYPE_CHECKING:
-    from .scaling import Growth
 
 _SHADES = (ACCENT, MUTED, "#b0b6c2", "#8e6bbf", "#c79bd8", SECOND, WRONG, RIGHT, "#d9dce3")
 COLORS = dict(zip(RIVALS, _SHADES, strict=True))

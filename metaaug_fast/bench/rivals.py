@@ -28,7 +28,7 @@ from ..errors import NotFusedError
 from ..learners.maml import MAML
 from ..learners.reptile import Reptile
 from ..tasks import TaskBatch
-from .workloads import ADAM_BETAS, ADAM_EPS, Workload, sets
+from .workloads import ADAM_BETAS, ADAM_EPS, Workload
 
 Call = Callable[[], Sequence[Any]]
 Build = Callable[[Workload, nn.Module, TaskBatch], Call]
@@ -183,9 +183,9 @@ def _vmapped(workload: Workload, net: nn.Module, tasks: TaskBatch, wrap: Callabl
 
     if workload.kind == "evaluation":
         evaluation = wrap(over_tasks)
-        batches = [sets(batch) for batch in _batches(workload, tasks)]
+        batches = [batch.tensors for batch in _batches(workload, tasks)]
         return lambda: [torch.cat([evaluation(parameters, *batch) for batch in batches])]
-    data = sets(tasks)
+    data = tasks.tensors
     if workload.kind == "reptile":
         changes = wrap(lambda p: vmap(adam, (None, 0, 0))(p, *data[:2]))
         return lambda: [value.mean(0) for value in changes(parameters).values()]
@@ -399,9 +399,8 @@ def _gradients(net: nn.Module) -> list[Tensor]:
 
 
 def _each(tasks: TaskBatch) -> list[tuple[Tensor, ...]]:
-    return list(zip(*sets(tasks), strict=True))
+    return list(zip(*tasks.tensors, strict=True))
 
 
 def _batches(workload: Workload, tasks: TaskBatch) -> list[TaskBatch]:
-    size = workload.batch or tasks.tasks
-    return [TaskBatch(*part) for part in zip(*(each.split(size) for each in sets(tasks)), strict=True)]
+    return tasks.split(workload.batch or tasks.tasks)

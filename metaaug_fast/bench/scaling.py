@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import numpy as np
 
 from ..files import write_atomically, write_json
 from . import worker as commands
+from .growth import TWO_THREADS, Curve, Gain, Growth
 from .harness import BUILD_LIMIT, measure, take_turns
 from .machine import check_out, machine
 from .pictures import draw_scaling
-from .report import machine_line, milliseconds, table
+from .report import machine_line, table
 from .rivals import OURS, RIVALS, check_rivals
 from .row import Row
 from .worker import Worker, cores
@@ -24,54 +25,7 @@ SCALING_RIVALS = (OURS, "vmap", "jax")
 TASKS = tuple(4**n for n in range(7))
 STEPS = (1, 2, 5, 10, 20)
 THREADED = ("sinusoid-t1000-k5", "conv4-t8-k1", "conv4-t4-k5")
-TWO_THREADS = 1.8  # what two threads must gain over one
 BUDGET = 10.0  # seconds of rounds
-
-
-@dataclass(frozen=True)
-class Curve:
-    """The rows of one rival, in the order of `Growth.xs`."""
-
-    rival: str
-    title: str
-    rows: Sequence[Row]
-
-
-@dataclass(frozen=True)
-class Growth:
-    """Sinusoid workloads that differ in one number."""
-
-    title: str
-    xs: Sequence[int]
-    curves: Sequence[Curve]
-
-    def markdown(self) -> list[str]:
-        """A row a number."""
-        cells = [
-            [str(x), *(milliseconds(curve.rows[at].median) or curve.rows[at].status for curve in self.curves)]
-            for at, x in enumerate(self.xs)
-        ]
-        head = [self.title.split()[0], *(curve.title for curve in self.curves)]
-        notes = {f"* {row.title}: {row.note}": None for curve in self.curves for row in curve.rows if row.note}
-        title = f"## {self.title}: ms a meta-gradient, sinusoid MLP, one thread"
-        return [title, "", *table(head, cells), "", *([*notes, ""] if notes else [])]
-
-
-@dataclass(frozen=True)
-class Gain:
-    """One of our workloads with one thread and with two: seconds, and whether the results have the same bits."""
-
-    name: str
-    one: float
-    two: float
-    same_bits: bool
-
-    def cells(self) -> list[str]:
-        """For the table."""
-        gain = self.one / self.two
-        met = "met" if gain >= TWO_THREADS else f"MISSED, off by {1 - gain / TWO_THREADS:.0%}"
-        times = (milliseconds(self.one), milliseconds(self.two), f"{gain:.2f}", met)
-        return [self.name, *times, "met" if self.same_bits else "MISSED"]
 
 
 def scaling(

@@ -128,11 +128,6 @@ class Workload:
         return MAML(model, self.inner_lr, self.inner_steps, self.first_order, self.loss, self.adapt)
 
 
-def sets(tasks: TaskBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Support inputs and targets, query inputs and targets."""
-    return tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y
-
-
 def faster(limit: float, *rivals: str) -> Target:
     """At least `limit` times as fast as the best of these rivals."""
     return Target("speedup", limit, rivals)
@@ -148,16 +143,16 @@ def _sinusoid(name: str, tasks: int, steps: int, *targets: Target, core: bool = 
 def _pictures(
     name: str, net: str, tasks: int, steps: int, support: int, query: int, *targets: Target, **others: Any
 ) -> Workload:
-    ways, options = others.pop("ways", 5), others.pop("options", {})
+    ways, options, sample = others.pop("ways", 5), others.pop("options", {}), others.pop("sample", (1, 28, 28))
     return Workload(
-        name, net, others.pop("sample", (1, 28, 28)), tasks, support, query, steps, others.pop("inner_lr", 0.4), ways,
-        {"ways": ways, **options}, targets=EVERYWHERE + targets, **others,
+        name, net, sample, tasks, support, query, steps, others.pop("inner_lr", 0.4), ways,
+        {"ways": ways, "sample_shape": sample, **options}, targets=EVERYWHERE + targets, **others,
     )  # fmt: skip
 
 
 _CEILING = Target("ceiling", 0.65)
-_MINI_IMAGENET = {"channels": 3, "hidden": 32, "image": 84}
-_NARROW = {"widths": (16, 32, 64, 128), "image": 32}
+_MINI_IMAGENET = {"hidden": 32}
+_NARROW = {"widths": (16, 32, 64, 128)}
 
 _WRITTEN = (
     _sinusoid("sinusoid-t25-k1", 25, 1),

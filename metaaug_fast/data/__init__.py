@@ -1,11 +1,12 @@
 """Data as episodes: labelled images, function families, and the sampler that turns them into task batches."""
 
 from .draws import Draws
-from .episodes import Episodes, EpisodeSpec, TaskSource
+from .episodes import Episodes
 from .readers.glyphs import Glyphs
 from .readers.omniglot import Omniglot, download_omniglot
 from .readers.sinusoid import Sinusoids
 from .samples import ClassImages
+from .source import EpisodeSpec, TaskSource
 
 __all__ = [
     "ClassImages",

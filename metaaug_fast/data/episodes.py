@@ -2,56 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
+from ..checks import check_integer
 from ..tasks import TaskBatch
 from .draws import Draws
 from .samples import ClassImages
-
-Sampler = Callable[[Draws], TaskBatch]
-
-
-@dataclass(frozen=True)
-class EpisodeSpec:
-    """What one task consists of.
-
-    ways: classes a task. shots, queries: samples of each class to adapt on and to be judged on (of the whole task
-    in regression, where there are no classes). split_styles: support and queries come from different styles.
-    dtype: of the inputs, float32 or float64.
-
-    Raises:
-        TypeError, ValueError: a count is not an integer >= 1, or the dtype is another one.
-    """
-
-    ways: int = 5
-    shots: int = 1
-    queries: int = 5
-    split_styles: bool = False
-    dtype: torch.dtype = torch.float32
-
-    def __post_init__(self) -> None:
-        for name in ("ways", "shots", "queries"):
-            _check_integer(name, getattr(self, name), low=1)
-        if self.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"dtype must be torch.float32 or torch.float64 (got {self.dtype})")
-
-
-@runtime_checkable
-class TaskSource(Protocol):
-    """Anything tasks can be drawn from: `ClassImages`, `Sinusoids`, or a class of your own."""
-
-    @property
-    def sample_shape(self) -> tuple[int, ...]:
-        """Shape of one input, without tasks and samples."""
-        ...
-
-    def sampler(self, spec: EpisodeSpec) -> Sampler:
-        """A function from the draws of T tasks to their `TaskBatch`; ValueError if the source cannot serve `spec`."""
-        ...
+from .source import EpisodeSpec, TaskSource
 
 
 class Episodes:
@@ -91,8 +51,8 @@ class Episodes:
         split_styles: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        _check_integer("tasks", tasks, low=1)
-        _check_integer("seed", seed)
+        check_integer("tasks", tasks, low=1)
+        check_integer("seed", seed)
         self.dataset: TaskSource = dataset if isinstance(dataset, TaskSource) else ClassImages.from_dataset(dataset)
         self.spec = EpisodeSpec(ways, shots, queries, split_styles, dtype)
         self.tasks = tasks
@@ -107,7 +67,7 @@ class Episodes:
 
     def batch(self, index: int) -> TaskBatch:
         """The batch of that index, >= 0, wherever the iteration stands."""
-        _check_integer("index", index, low=0)
+        check_integer("index", index, low=0)
         return self._sample(Draws(self.seed, index, self.tasks))
 
     def __iter__(self) -> Iterator[TaskBatch]:
@@ -124,13 +84,6 @@ class Episodes:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on from a `state_dict()`."""
-        _check_integer("position", state["position"], low=0)
-        _check_integer("seed", state["seed"])
+        check_integer("position", state["position"], low=0)
+        check_integer("seed", state["seed"])
         self.seed, self.position = state["seed"], state["position"]
-
-
-def _check_integer(name: str, value: Any, low: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer (got {value!r})")
-    if low is not None and value < low:
-        raise ValueError(f"{name} must be >= {low} (got {value})")

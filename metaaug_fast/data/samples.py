@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +12,7 @@ from torch import Tensor
 from .. import _C
 from ..tasks import TaskBatch
 from .draws import Draws, shuffled
-
-if TYPE_CHECKING:
-    from .episodes import EpisodeSpec, Sampler
+from .source import EpisodeSpec, Sampler
 
 MAX_STYLES = 12
 

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FallbackWarning, NonFiniteError
-from ..tasks import usable
+from ..tasks import MetaOutput, usable
 from .autograd import once_differentiable
 from .losses import accuracy, task_loss
 from .norms import BatchStatistics, forward, update_running
-from .problem import InnerProblem, MetaOutput, Query, Support
+from .problem import InnerProblem, Query, Support
 from .reference import pack, unpack
 
 GRAPH_BYTES = 2**29

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from .. import _C
 from ..errors import NotFusedError
+from ..tasks import MetaOutput
 from .autograd import once_differentiable
 from .exclusive import ONE_AT_A_TIME
-from .lowering.trace import Graph, Op
+from .lowering.graph import Graph, Op
 from .norms import BatchStatistics, update_running
-from .problem import InnerProblem, MetaOutput, Query, Support
+from .problem import InnerProblem, Query, Support
 
 NO_CUDA = (
     "this build of metaaug_fast has no CUDA engine, because it needs {}; with that, install it again: "

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from operator import attrgetter
-from typing import Protocol, TypeVar
-from weakref import WeakKeyDictionary
+from dataclasses import replace
+from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from ..errors import FallbackWarning, NotFusedError, in_one_line
-from ..tasks import check_samples, check_tensor, sent, usable
-from .exclusive import ONE_AT_A_TIME
-from .fallback import FallbackExecutor, probe_output_shape
-from .fused import FusedExecutor, refusal
-from .losses import Loss, accuracy, check_targets, sample_losses, task_loss
-from .lowering.trace import lower
+from ..tasks import MetaOutput, check_samples, sent, usable
+from .executor import Executor, choose
+from .fast_weights import FastWeights
+from .losses import Loss
 from .problem import (
-    NORMS,
     InnerProblem,
     LearningRate,
-    MetaOutput,
     Query,
     Support,
     check_inputs,
@@ -34,137 +23,8 @@ from .problem import (
     inner_problem,
     with_seed,
 )
-from .reference import unpack
 
 _Set = TypeVar("_Set", Support, Query)
-BACKENDS = ("auto", "fused", "fallback")
-
-
-class Executor(Protocol):
-    """What runs an `InnerProblem` whose arguments have been checked.
-
-    P counts all of `problem.parameters`, flattened in their order, per-step tensors whole.
-    """
-
-    name: str
-    output_shape: tuple[int, ...]
-
-    def adapt(self, problem: InnerProblem, support: Support) -> Tensor:
-        """Weights after K steps, `[T, P]`, differentiable; with Adam forward only."""
-        ...
-
-    def adapt_mean(
-        self, problem: InnerProblem, support: Support, query: Query | None = None
-    ) -> tuple[Tensor, MetaOutput | None]:
-        """Mean over tasks of `theta_K - theta_0`, `[P]`, without gradient; and theta_K judged on a query set."""
-        ...
-
-    def predict(self, problem: InnerProblem, flat: Tensor, x: Tensor) -> Tensor:
-        """Outputs `[T, N, *output_shape]` of weights `[T, P]`, differentiable once."""
-        ...
-
-    def meta_loss(self, problem: InnerProblem, support: Support, query: Query) -> MetaOutput:
-        """Adapt, and judge the result on the query set: a whole meta-step."""
-        ...
-
-
-class FastWeights:
-    """T sets of adapted weights, which predict and can be read, stored and differentiated.
-
-    flat: `[T, P]`, every parameter of the model flattened in `named_parameters` order; a batch-norm affine that is
-        held per step is there with all its rows.
-    problem: what they were adapted by.
-
-    >>> import torch, metaaug_fast as mf
-    >>> x, y = torch.randn(3, 5, 1), torch.randn(3, 5, 1)
-    >>> fast = mf.inner_loop(mf.models.mlp([1, 8, 1]), x, y, loss="mse")
-    >>> len(fast), fast(torch.randn(3, 20, 1)).shape
-    (3, torch.Size([3, 20, 1]))
-    >>> torch.allclose(fast.module(2)(x[2]), fast(x)[2], atol=1e-5)
-    True
-    """
-
-    def __init__(self, problem: InnerProblem, flat: Tensor, backend: str = "auto") -> None:
-        self.problem = problem
-        self.flat = flat
-        self._backend = backend
-
-    def __len__(self) -> int:
-        return len(self.flat)
-
-    def __repr__(self) -> str:
-        model, (tasks, size) = type(self.problem.model).__name__, self.flat.shape
-        return f"FastWeights({model}, {tasks} tasks x {size} weights, {self.problem.steps} steps)"
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Output `[T, N, ...]` of each task's weights on its `x` `[T, N, ...]`, differentiable once in both.
-
-        Raises:
-            TypeError: `x` is no tensor.
-            ValueError: `x` does not hold samples for T tasks, or has another dtype or device than the model.
-        """
-        check_tensor("x", x)
-        if x.ndim < 2 or len(x) != len(self) or not x.shape[1]:
-            raise ValueError(f"x must be [{len(self)}, samples, ...] with samples > 0 (got shape {tuple(x.shape)})")
-        check_inputs(self.problem, "x", x)
-        executor = choose_executor(self.problem, x.shape[2:], self._backend)
-        return executor.predict(self.problem, usable(self.flat), usable(x))
-
-    def evaluate(self, x: Tensor, y: Tensor) -> MetaOutput:
-        """Loss (the problem's, labels smoothed as there) and accuracy of each task on its `x`, `y`; differentiable.
-
-        Raises:
-            ValueError: `x` and `y` do not fit each other, the tasks or the model.
-        """
-        check_samples("", x, y, tasks=len(self))
-        loss, smoothing = self.problem.loss, self.problem.label_smoothing
-        prediction = self(x)
-        check_targets("y", loss, y, tuple(prediction.shape[2:]))
-        y = usable(y)
-        if callable(loss):
-            losses = torch.stack([task_loss(loss, *task) for task in zip(prediction, y, strict=True)])
-        else:
-            losses = sample_losses(loss, prediction.flatten(0, 1), y.flatten(0, 1), smoothing).view(len(x), -1).mean(1)
-        classes = loss == "cross_entropy" and not y.is_floating_point()
-        return MetaOutput(losses.mean(), losses, accuracy(prediction.detach(), y) if classes else None)
-
-    def as_dict(self) -> dict[str, Tensor]:
-        """Views of `flat` by name, each `[T, *shape of the model's parameter]`.
-
-        Of a batch-norm affine held per step it is the row that predictions read, that of the last step.
-        """
-        row = max(self.problem.steps - 1, 0)
-        return {
-            name: value[:, min(row, value.shape[1] - 1)] if name in self.problem.per_step else value
-            for name, value in unpack(self.problem, self.flat).items()
-        }
-
-    def module(self, task: int) -> nn.Module:
-        """A copy of the model that holds one task's weights, to be called, trained on or saved like any other.
-
-        It predicts as `fast(x)[task]` does. So its batch norms, where `fast` normalises with the batch's own
-        statistics, no longer have running ones, and with `batch_norm="frozen"` they are in evaluation mode.
-
-        Raises:
-            IndexError: there is no such task.
-        """
-        weights = {name: value[task].detach() for name, value in self.as_dict().items()}
-        with ONE_AT_A_TIME:
-            module = copy.deepcopy(self.problem.model)
-        with torch.no_grad():
-            for name, parameter in module.named_parameters():
-                parameter.copy_(weights[name])
-        for norm in module.modules():
-            if isinstance(norm, NORMS) and self.problem.batch_norm in ("batch", "per_step"):
-                norm.track_running_stats = False
-                norm.running_mean = norm.running_var = norm.num_batches_tracked = None
-            elif isinstance(norm, NORMS) and self.problem.batch_norm == "frozen":
-                norm.eval()
-        return module
-
-    def detach(self) -> FastWeights:
-        """The same weights without their history."""
-        return FastWeights(self.problem, self.flat.detach(), self._backend)
 
 
 def inner_loop(
@@ -291,139 +151,9 @@ def _lasting(given: _Set) -> _Set:
     return replace(given, **{name: usable(value) for name, value in vars(given).items() if value is not None})
 
 
-def choose_executor(problem: InnerProblem, sample_shape: tuple[int, ...], backend: str = "auto") -> Executor:
-    """The executor for a problem on samples of a shape, made once for each model, shape and mode.
-
-    A model counts as another when a part of it is replaced. What else its `forward` reads must stay as it was.
-
-    Raises:
-        ValueError: `backend` is none of `BACKENDS`, or the model does not accept such samples.
-        NotFusedError: `backend="fused"`, and the model, loss or device cannot be fused.
-    """
-    return _choose(problem, sample_shape, backend)[0]
-
-
-def fingerprint(module: nn.Module) -> tuple[list[object], list[nn.Module]]:
-    """A value that changes when parts of a module are replaced, converted, frozen or unfrozen; and its submodules.
-
-    Identities are unique only while their objects live: who keeps the value keeps the submodules too. Runs in every
-    meta-step, hence no `named_parameters`, which takes three times as long.
-    """
-    parts: list[nn.Module] = [module]
-    parameters: list[nn.Parameter] = []
-    buffers: list[Tensor | None] = []
-    with ONE_AT_A_TIME:
-        for part in parts:
-            if part._parameters:
-                parameters += [value for value in part._parameters.values() if value is not None]
-            if part._buffers:
-                buffers += part._buffers.values()
-            if part._modules:
-                parts += [child for child in part._modules.values() if child is not None]
-    tensors = [*parameters, *(value for value in buffers if value is not None)]
-    # A tensor's `data` may be set to another's of any kind. What is lazy has no shape, which its class tells.
-    shaped = [value for value in tensors if type(value) in _PLAIN or not is_lazy(value)]
-    mark = [*map(id, parts), *map(id, parameters), *map(id, buffers), *map(type, tensors), *map(_KIND, shaped)]
-    return mark, parts[1:]
-
-
-_PLAIN = (nn.Parameter, Tensor)
-_KIND = attrgetter("requires_grad", "dtype", "device", "shape")
-
-
-@dataclass
-class _Known:
-    """The executors of one model as it was when `mark` was taken, and the reasons already warned of."""
-
-    mark: list[object] = field(default_factory=list)
-    parts: list[nn.Module] = field(default_factory=list)
-    executors: dict[tuple[object, ...], tuple[Executor, bool]] = field(default_factory=dict)
-    reasons: set[str] = field(default_factory=set)
-
-
-# Executors must not hold their model, or it would never be freed.
-_KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
-
-
 def _prepare(problem: InnerProblem, support: Support, backend: str) -> tuple[Executor, InnerProblem]:
     """The executor, and the problem with a fresh dropout seed if anything may drop."""
     check_samples("support", support.x, support.y)
     check_inputs(problem, "support_x", support.x)
-    executor, drops = _choose(problem, support.x.shape[2:], backend)
+    executor, drops = choose(problem, support.x.shape[2:], backend)
     return executor, with_seed(problem) if drops else problem
-
-
-def _choose(problem: InnerProblem, sample_shape: tuple[int, ...], backend: str) -> tuple[Executor, bool]:
-    """An executor, and whether it may drop anything."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} (got {backend!r})")
-    mark, parts = fingerprint(problem.model)
-    key = (
-        backend,
-        sample_shape,
-        problem.batch_norm,
-        callable(problem.loss),
-        problem.training,
-        *(part.training for part in parts),
-        *(part.__dict__.get("p") for part in parts),  # a dropout's, which may be set at any time
-    )
-    with ONE_AT_A_TIME:
-        known = _KNOWN.get(problem.model)
-        if known is None:
-            known = _KNOWN[problem.model] = _Known()
-        if mark != known.mark:
-            known.mark, known.parts = mark, parts
-            known.executors.clear()
-        if key not in known.executors:
-            known.executors[key] = _make(problem, tuple(sample_shape), backend, known.reasons)
-        return known.executors[key]
-
-
-def _make(
-    problem: InnerProblem, sample_shape: tuple[int, ...], backend: str, reasons: set[str]
-) -> tuple[Executor, bool]:
-    if backend != "fallback":
-        try:
-            return _make_fused(problem, sample_shape)
-        except NotFusedError as error:
-            if backend == "fused":
-                raise
-            reason = str(error)
-            if problem.precision != "float32":
-                reason += f", and it does not compute in {problem.precision}"
-        if reason not in reasons:
-            reasons.add(reason)
-            warnings.warn(
-                f"{type(problem.model).__name__} runs in the fallback, which is slower: {reason}. "
-                'explain(model, example_x) shows what is fused, backend="fused" makes this an error, '
-                'backend="fallback" accepts it.',
-                FallbackWarning,
-                stacklevel=2,
-            )
-    return FallbackExecutor(problem.model, _output_shape(problem, sample_shape)), problem.training
-
-
-def _make_fused(problem: InnerProblem, sample_shape: tuple[int, ...]) -> tuple[Executor, bool]:
-    if reason := refusal(next(iter(problem.parameters.values()))):
-        raise NotFusedError(reason)
-    if callable(problem.loss):
-        raise NotFusedError(f"the fused engine needs a named loss (got the callable {_name(problem.loss)})")
-    fixed = problem.batch_norm == "frozen" or (problem.batch_norm == "running" and not problem.training)
-    graph = lower(problem.model, sample_shape, fixed_statistics=fixed, drop=problem.training)
-    executor = FusedExecutor(graph, problem.model)
-    executor.engine(problem)  # the engine may refuse a graph too
-    return executor, any(op.kind == "dropout" for op in graph.ops)
-
-
-def _name(function: object) -> str:
-    return getattr(function, "__qualname__", type(function).__qualname__)
-
-
-def _output_shape(problem: InnerProblem, sample_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the model's output per sample, from one pass over zeros."""
-    like = next(iter(problem.parameters.values()))
-    try:
-        return probe_output_shape(problem.model, torch.zeros(1, *sample_shape, dtype=like.dtype, device=like.device))
-    except Exception as error:  # the user's forward may raise anything
-        got = in_one_line(error, name=True)
-        raise ValueError(f"model must accept samples of shape {sample_shape} (got {got})") from error

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import fnmatch
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_choice, check_count, check_flag, check_number
 from ..tasks import check_samples, check_tensor
 from .exclusive import ONE_AT_A_TIME
 from .losses import Loss, check_loss, check_targets
@@ -112,15 +112,6 @@ class Query:
     step_weights: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class MetaOutput:
-    """loss: mean over tasks. task_losses: `[T]`; both differentiable. accuracy: `[T]` for class ids, else None."""
-
-    loss: Tensor
-    task_losses: Tensor
-    accuracy: Tensor | None = field(default=None)
-
-
 def inner_problem(
     model: nn.Module,
     lr: LearningRate,
@@ -155,21 +146,19 @@ def inner_problem(
     """
     own = parameters_of(model)
     check_loss(loss)
-    check_number(f"{prefix}steps", steps, integer=True)
+    check_count(f"{prefix}steps", steps)
     check_number("momentum", momentum)
     check_number("weight_decay", weight_decay)
     check_number("label_smoothing", label_smoothing)
     check_flag("first_order", first_order)
     if label_smoothing >= 1:
         raise ValueError(f"label_smoothing must be below 1 (got {label_smoothing})")
-    if batch_norm not in BATCH_NORM:
-        raise ValueError(f"batch_norm must be one of {', '.join(BATCH_NORM)} (got {batch_norm!r})")
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"{prefix}optimizer must be one of {', '.join(OPTIMIZERS)} (got {optimizer!r})")
+    check_choice("batch_norm", batch_norm, BATCH_NORM)
+    check_choice(f"{prefix}optimizer", optimizer, OPTIMIZERS)
     if optimizer == "adam" and momentum:
         raise ValueError(f"momentum must be 0 with {prefix}optimizer 'adam', which has betas (got {momentum})")
     if task_chunk is not None:
-        check_number("task_chunk", task_chunk, integer=True, low=1)
+        check_count("task_chunk", task_chunk, low=1)
     _check_running_statistics(model, batch_norm)
     values = {name: (parameters or {}).get(name, value) for name, value in own.items()}
     per_step = frozenset(name for name, value in values.items() if value.ndim == own[name].ndim + 1)
@@ -265,7 +254,7 @@ def with_steps(problem: InnerProblem, steps: int) -> InnerProblem:
     Raises:
         ValueError: `steps` is negative.
     """
-    check_number("steps", steps, integer=True)
+    check_count("steps", steps)
     per_step = {id(rate): rate.value for rate in problem.rates.values() if rate.per_step}
     index = torch.arange(steps if per_step else 0).clamp(max=problem.steps - 1)
     cut = {rate: Rate(value[index.to(value.device)], True) for rate, value in per_step.items()}
@@ -370,33 +359,13 @@ def _check_running_statistics(model: nn.Module, batch_norm: str) -> None:
 
 
 def _check_precision(precision: str, like: Tensor) -> None:
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)} (got {precision!r})")
+    check_choice("precision", precision, PRECISIONS)
     if precision == "float32":
         return
     if like.dtype != torch.float32 or not like.is_cuda:
         raise ValueError(
             f"precision {precision!r} is a GPU's for float32 models (got a model in {like.dtype} on {like.device})"
         )
-
-
-def check_number(name: str, value: object, *, integer: bool = False, low: float = 0) -> None:
-    """Raise TypeError unless `value` is a number, or an integer, and ValueError unless it is finite and >= `low`.
-
-    Integers are counts, for which the engine has 31 bits.
-    """
-    if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
-        raise TypeError(f"{name} must be {'an integer' if integer else 'a number'} (got {value!r})")
-    if integer and value >= 2**31:
-        raise ValueError(f"{name} must be below 2**31 (got {value})")
-    if not low <= value <= sys.float_info.max:
-        raise ValueError(f"{name} must be >= {low:g} (got {value})")
-
-
-def check_flag(name: str, value: object) -> None:
-    """Raise TypeError unless `value` is True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False (got {value!r})")
 
 
 def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:

@@ -13,9 +13,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..tasks import MetaOutput
 from .losses import accuracy, task_loss
 from .norms import BatchStatistics, forward
-from .problem import InnerProblem, MetaOutput, Query, Support
+from .problem import InnerProblem, Query, Support
 
 
 def pack(parameters: Mapping[str, Tensor]) -> Tensor:

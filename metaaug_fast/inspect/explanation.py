@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..engine.executor import choose_executor
 from ..engine.fused import FusedExecutor, refusal
-from ..engine.loop import choose_executor
+from ..engine.lowering.graph import Op, Refusal
 from ..engine.lowering.table import Shape, batched
-from ..engine.lowering.trace import Op, Refusal, survey
+from ..engine.lowering.trace import survey
 from ..engine.problem import inner_problem
 
 

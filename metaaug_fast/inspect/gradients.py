@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import reference
-from ..engine.loop import choose_executor
+from ..engine.executor import choose_executor
 from ..engine.problem import Query, Support, with_seed
 from ..errors import FallbackWarning
 from ..learners.gradient import Learner

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..engine.loop import FastWeights, adapt_tasks, fingerprint
+from ..engine.executor import fingerprint
+from ..engine.fast_weights import FastWeights
+from ..engine.loop import adapt_tasks
 from ..engine.problem import InnerProblem, Support, with_steps
 
 

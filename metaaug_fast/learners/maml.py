@@ -8,22 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_count, check_flag
 from ..engine.loop import meta_loss
 from ..engine.losses import Loss
-from ..engine.problem import (
-    NORMS,
-    InnerProblem,
-    LearningRate,
-    MetaOutput,
-    Query,
-    Support,
-    check_flag,
-    check_number,
-    inner_problem,
-    parameters_of,
-    patterns,
-)
-from ..tasks import TaskBatch, check_batch
+from ..engine.problem import NORMS, InnerProblem, LearningRate, Query, Support, inner_problem, parameters_of, patterns
+from ..tasks import MetaOutput, TaskBatch, check_batch
 from .gradient import Learner
 
 
@@ -148,7 +137,7 @@ class MAML(Learner):
 def _affines_per_step(model: nn.Module, steps: int) -> dict[str, nn.Parameter]:
     """A copy for each step, `[K, C]`, of the weight and bias of every batch norm."""
     parameters_of(model)
-    check_number("inner_steps", steps, integer=True)
+    check_count("inner_steps", steps)
     affines = {
         _key(name): _parameter(value.expand(max(steps, 1), -1))
         for path, norm in model.named_modules()

@@ -9,11 +9,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ..engine.loop import FastWeights, adapt_tasks_mean
+from ..checks import check_flag
+from ..engine.fast_weights import FastWeights
+from ..engine.loop import adapt_tasks_mean
 from ..engine.losses import Loss
-from ..engine.problem import InnerProblem, LearningRate, MetaOutput, Query, Support, check_flag, inner_problem, patterns
+from ..engine.problem import InnerProblem, LearningRate, Query, Support, inner_problem, patterns
 from ..engine.reference import unpack
-from ..tasks import TaskBatch, check_batch, check_samples
+from ..tasks import MetaOutput, TaskBatch, check_batch, check_samples
 from .gradient import Learner
 
 POLICIES = ("batch", "frozen")
@@ -113,7 +115,7 @@ class Reptile(Learner):
         check_batch(tasks)
         if type(self.meta_lr) not in (int, float) or not 0 <= self.meta_lr <= sys.float_info.max:
             raise ValueError(f"meta_lr must be >= 0 and finite (got {self.meta_lr})")
-        moves = [self._move(each, measure) for each in ([tasks] if self.batched else _one_by_one(tasks))]
+        moves = [self._move(each, measure) for each in ([tasks] if self.batched else tasks.split(1))]
         outputs = [output for output in moves if output is not None]
         if not outputs:
             return None
@@ -190,11 +192,6 @@ class Reptile(Learner):
             precision=self.precision,
             prefix="inner_",
         )
-
-
-def _one_by_one(tasks: TaskBatch) -> list[TaskBatch]:
-    sets = tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y
-    return [TaskBatch(*task) for task in zip(*(each.split(1) for each in sets), strict=True)]
 
 
 def _add(tensors: list[Tensor], changes: list[Tensor], scale: float) -> None:

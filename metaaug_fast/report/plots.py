@@ -46,9 +46,7 @@ def plot_episode(tasks: TaskBatch, predictions: Tensor, path: str | Path, task: 
         raise ValueError(f"tasks must hold images [T, N, C, H, W] (got support_x {tuple(tasks.support_x.shape)})")
     read_as = predictions[task].detach().cpu()
     read_as = read_as.argmax(-1) if read_as.ndim == 2 else read_as
-    support_x, support_y, query_x, query_y = (
-        value[task].detach().cpu() for value in (tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y)
-    )
+    support_x, support_y, query_x, query_y = (value[task].detach().cpu() for value in tasks.tensors)
     if read_as.shape != query_y.shape:
         raise ValueError(f"predictions must be [T, {len(query_y)}] (got {tuple(predictions.shape)})")
     ways = int(support_y.max()) + 1

@@ -125,8 +125,4 @@ def _first(episodes: Episodes, count: int) -> Iterator[TaskBatch]:
     """The first `count` tasks of the sequence, in batches."""
     for index in range(math.ceil(count / episodes.tasks)):
         batch, left = episodes.batch(index), count - index * episodes.tasks
-        yield (
-            batch
-            if left >= batch.tasks
-            else TaskBatch(batch.support_x[:left], batch.support_y[:left], batch.query_x[:left], batch.query_y[:left])
-        )
+        yield batch[:left] if left < batch.tasks else batch

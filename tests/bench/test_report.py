@@ -9,12 +9,13 @@ import torch
 
 from metaaug_fast.bench import suite
 from metaaug_fast.bench.ceilings import Ceilings
+from metaaug_fast.bench.growth import Curve, Gain, Growth
 from metaaug_fast.bench.machine import machine
 from metaaug_fast.bench.operations import Count
 from metaaug_fast.bench.pictures import draw, draw_scaling
 from metaaug_fast.bench.report import Report, Result, judge
 from metaaug_fast.bench.row import Row
-from metaaug_fast.bench.scaling import Curve, Gain, Growth, thread_gain
+from metaaug_fast.bench.scaling import thread_gain
 from metaaug_fast.bench.workloads import Target, Workload
 
 CEILINGS = Ceilings(convolution=100.0, gemm=200.0, copy=10.0)

@@ -12,7 +12,9 @@ from metaaug_fast.bench.rivals import OURS, RIVALS
 from metaaug_fast.bench.workloads import WORKLOADS, Workload, select
 
 REGRESSION = Workload("regression", "mlp", (1,), 3, 4, 5, 2, 0.1, None, {"sizes": (1, 6, 1)})
-PICTURES = Workload("pictures", "conv4", (1, 16, 16), 2, 6, 4, 2, 0.1, 3, {"ways": 3, "hidden": 4, "image": 16})
+PICTURES = Workload(
+    "pictures", "conv4", (1, 16, 16), 2, 6, 4, 2, 0.1, 3, {"ways": 3, "sample_shape": (1, 16, 16), "hidden": 4}
+)
 TINY = {
     "regression": REGRESSION,
     "regression, first order": replace(REGRESSION, first_order=True),
@@ -23,7 +25,9 @@ TINY = {
     "pictures, strided": replace(PICTURES, net="strided_conv4"),
     "pictures, head only": replace(PICTURES, adapt="head.*"),
     "pictures, head only, first order": replace(PICTURES, adapt="head.*", first_order=True),
-    "perceptron": replace(PICTURES, net="omniglot_mlp", options={"ways": 3, "image": 16}, tasks=1, inner_steps=1),
+    "perceptron": replace(
+        PICTURES, net="omniglot_mlp", options={"ways": 3, "sample_shape": (1, 16, 16)}, tasks=1, inner_steps=1
+    ),
 }
 TOO_SLOW = ("compile",)  # minutes of compiling
 WRONG = ("vmap-batchnorm",)

@@ -13,9 +13,8 @@ from torch import nn
 from torch.utils import cpp_extension
 
 import metaaug_fast as mf
-from metaaug_fast.data import ClassImages, samples
+from metaaug_fast.data import ClassImages, EpisodeSpec, samples
 from metaaug_fast.data.draws import Draws
-from metaaug_fast.data.episodes import EpisodeSpec
 from metaaug_fast.engine import fused
 from metaaug_fast.engine.problem import inner_problem
 from metaaug_fast.errors import FallbackWarning, NotFusedError

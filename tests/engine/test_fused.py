@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import metaaug_fast as mf
 from metaaug_fast import _C
 from metaaug_fast.engine import reference
+from metaaug_fast.engine.executor import choose_executor
 from metaaug_fast.engine.fused import FusedExecutor
-from metaaug_fast.engine.loop import choose_executor
 from metaaug_fast.engine.norms import forward, update_running
 from metaaug_fast.engine.problem import InnerProblem, Query, Support, inner_problem
 from metaaug_fast.errors import NonFiniteError, NotFusedError

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from metaaug_fast.engine import reference
-from metaaug_fast.engine.loop import FastWeights, choose_executor, fingerprint, inner_loop
+from metaaug_fast.engine.executor import choose_executor, fingerprint
+from metaaug_fast.engine.fast_weights import FastWeights
+from metaaug_fast.engine.loop import inner_loop
 from metaaug_fast.engine.problem import Query, Support, inner_problem
 from metaaug_fast.errors import FallbackWarning, NonFiniteError, NotFusedError
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaaug_fast.engine import reference
-from metaaug_fast.engine.loop import choose_executor
+from metaaug_fast.engine.executor import choose_executor
 from metaaug_fast.engine.norms import forward
 from metaaug_fast.engine.problem import InnerProblem, Query, Support, inner_problem
 from tests.exactness import assert_close, gradients, leaves, rand, randn

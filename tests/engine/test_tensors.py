@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import metaaug_fast as mf
 from metaaug_fast.engine import reference
-from metaaug_fast.engine.loop import choose_executor, fingerprint
+from metaaug_fast.engine.executor import choose_executor, fingerprint
 from metaaug_fast.engine.problem import Query, Support, inner_problem
 from tests.exactness import assert_close, gradients, leaves, rand, randn
 

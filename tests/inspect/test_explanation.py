@@ -21,7 +21,7 @@ class Blocked(nn.Module):
 
 
 def test_fused_model():
-    answer = explain(models.conv4(ways=5, hidden=4, image=16), torch.zeros(7, 1, 16, 16))
+    answer = explain(models.conv4(ways=5, sample_shape=(1, 16, 16), hidden=4), torch.zeros(7, 1, 16, 16))
     assert answer.fused
     assert answer.reason == ""
     assert all(row.fused and not row.reason for row in answer.rows)

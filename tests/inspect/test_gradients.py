@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from metaaug_fast.engine.problem import MetaOutput
 from metaaug_fast.inspect.gradients import check_gradients
 from metaaug_fast.learners.maml import MAML
 from metaaug_fast.learners.reptile import Reptile
-from metaaug_fast.tasks import TaskBatch
+from metaaug_fast.tasks import MetaOutput, TaskBatch
 
 T, S, Q, F, C = 2, 5, 4, 4, 3
 backends = pytest.mark.parametrize("backend", ["fused", "fallback"])

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from metaaug_fast.engine import reference
-from metaaug_fast.engine.problem import MetaOutput, Query, Support
+from metaaug_fast.engine.problem import Query, Support
 from metaaug_fast.errors import NonFiniteError
 from metaaug_fast.learners.maml import MAML
-from metaaug_fast.tasks import TaskBatch
+from metaaug_fast.tasks import MetaOutput, TaskBatch
 
 T, S, Q, F, C, K = 3, 6, 5, 4, 3, 3
 backends = pytest.mark.parametrize("backend", ["fused", "fallback"])

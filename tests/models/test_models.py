@@ -27,7 +27,7 @@ MODELS = {
         [*["conv2d", "batch_norm", "relu", "max_pool"] * 4, "flatten", "linear"],
     ),
     "conv4 without pooling": (
-        lambda: models.conv4(channels=3, hidden=6, image=19, norm="none", pool=False),
+        lambda: models.conv4(sample_shape=(3, 19, 19), hidden=6, norm="none", pool=False),
         (3, 19, 19),
         (5,),
         [*["conv2d", "relu"] * 4, "flatten", "linear"],
@@ -39,13 +39,13 @@ MODELS = {
         [*["conv2d", "batch_norm", "relu"] * 4, "mean_pool", "flatten", "linear"],
     ),
     "strided_conv4 flattened": (
-        lambda: models.strided_conv4(hidden=4, image=30, norm="instance", mean=False),
+        lambda: models.strided_conv4(sample_shape=(1, 30, 30), hidden=4, norm="instance", mean=False),
         (1, 30, 30),
         (5,),
         [*["conv2d", "group_norm", "relu"] * 4, "flatten", "linear"],
     ),
     "resnet12": (
-        lambda: models.resnet12(ways=6, widths=(2, 3, 2, 3), image=20),
+        lambda: models.resnet12(ways=6, sample_shape=(3, 20, 20), widths=(2, 3, 2, 3)),
         (3, 20, 20),
         (6,),
         [
@@ -79,7 +79,7 @@ def parameters(model):
 def test_sizes_of_the_published_networks():
     assert parameters(models.mlp([1, 40, 40, 1])) == 1761
     assert parameters(models.conv4(ways=5)) == 112_261
-    assert parameters(models.conv4(ways=5, channels=3, hidden=32, image=84)) == 32_901
+    assert parameters(models.conv4(ways=5, sample_shape=(3, 84, 84), hidden=32)) == 32_901
     assert parameters(models.strided_conv4(ways=5)) == 112_261
     assert parameters(models.resnet12(ways=5)) == 12_427_525
     assert parameters(models.resnet12(ways=5, small=True)) < parameters(models.resnet12(ways=5))
@@ -89,7 +89,9 @@ def test_sizes_of_the_published_networks():
 @pytest.mark.parametrize("image", [16, 17, 31])
 def test_norms_fit_every_image(norm, image):
     for make in (models.conv4, models.strided_conv4):
-        assert make(ways=3, hidden=6, image=image, norm=norm)(torch.randn(2, 1, image, image)).shape == (2, 3)
+        assert make(ways=3, sample_shape=(1, image, image), hidden=6, norm=norm)(
+            torch.randn(2, 1, image, image)
+        ).shape == (2, 3)
 
 
 def test_instance_norm_is_per_channel():
@@ -128,12 +130,12 @@ def test_initial_weights_of_the_papers():
         (lambda: models.mlp([3, 1], "swish"), "activation must be one of relu, .* \\(got 'swish'\\)"),
         (lambda: models.omniglot_mlp(0), r"ways must be >= 1 \(got 0\)"),
         (lambda: models.conv4(hidden=0), r"hidden must be >= 1 \(got 0\)"),
-        (lambda: models.conv4(image=15), r"image must be >= 16 \(got 15\)"),
-        (lambda: models.strided_conv4(image=0), r"image must be >= 1 \(got 0\)"),
+        (lambda: models.conv4(sample_shape=(1, 15, 15)), r"sample_shape must be .*>= 16 \(got \(1, 15, 15\)\)"),
+        (lambda: models.strided_conv4(sample_shape=(1, 0, 5)), r"sample_shape must be .*\(got \(1, 0, 5\)\)"),
         (lambda: models.conv4(norm="spectral"), "norm must be one of batch, .* \\(got 'spectral'\\)"),
         (lambda: models.resnet12(widths=(1, 2, 3)), r"widths must be four numbers >= 1 \(got \(1, 2, 3\)\)"),
-        (lambda: models.resnet12(image=8), r"image must be >= 16 \(got 8\)"),
-        (lambda: models.resnet12(channels=0), r"channels must be >= 1 \(got 0\)"),
+        (lambda: models.resnet12(sample_shape=(3, 16, 8)), r"sample_shape must be .*>= 16 \(got \(3, 16, 8\)\)"),
+        (lambda: models.resnet12(sample_shape=(784,)), r"sample_shape must be \(channels, height, width\)"),
     ],
 )
 def test_bad_arguments(make, message):

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ...tasks import TaskBatch
 from ..draws import Draws
-
-if TYPE_CHECKING:
-    from ..episodes import EpisodeSpec, Sampler
+from ..source import EpisodeSpec, Sampler
 
 
 class Sinusoids:

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 
 from metaaug_fast import models
-from metaaug_fast.engine.lowering.trace import LoweringError, Op, Refusal, lower, survey
+from metaaug_fast.engine.lowering.graph import LoweringError, Op, Refusal
+from metaaug_fast.engine.lowering.trace import lower, survey
 from metaaug_fast.errors import NotFusedError
 
 # --- what every op means ---------------------------------------------------------------------------------------------
@@ -258,9 +259,9 @@ REAL = {
         (1, 9, 8),
     ),
     "mlp": (lambda: models.mlp([3, 5, 4, 2], "gelu", batch_norm=True), (3,)),
-    "conv4": (lambda: models.conv4(3, hidden=4, image=17, norm="group"), (1, 17, 17)),
-    "strided_conv4": (lambda: models.strided_conv4(3, hidden=4, image=9, norm="layer"), (1, 9, 9)),
-    "resnet12": (lambda: models.resnet12(3, widths=(2, 3, 2, 3), image=16), (3, 16, 16)),
+    "conv4": (lambda: models.conv4(3, sample_shape=(1, 17, 17), hidden=4, norm="group"), (1, 17, 17)),
+    "strided_conv4": (lambda: models.strided_conv4(3, sample_shape=(1, 9, 9), hidden=4, norm="layer"), (1, 9, 9)),
+    "resnet12": (lambda: models.resnet12(3, sample_shape=(3, 16, 16), widths=(2, 3, 2, 3)), (3, 16, 16)),
 }
 
 
@@ -271,7 +272,7 @@ def test_graph_computes_what_the_module_computes(name):
 
 
 def test_conv4_op_by_op():
-    graph = lower(models.conv4(ways=7, hidden=2, image=16), (1, 16, 16))
+    graph = lower(models.conv4(ways=7, sample_shape=(1, 16, 16), hidden=2), (1, 16, 16))
     assert kinds(graph) == ["conv2d", "batch_norm", "relu", "max_pool"] * 4 + ["flatten", "linear"]
     first, head = graph.ops[0], graph.ops[-1]
     assert first == Op(
