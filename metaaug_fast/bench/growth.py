@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .report import milliseconds, table
+from .report import Form, milliseconds
 from .row import Row
 
 TWO_THREADS = 1.8  # what two threads must gain over one
@@ -28,16 +28,16 @@ class Growth:
     xs: Sequence[int]
     curves: Sequence[Curve]
 
-    def markdown(self) -> list[str]:
-        """A row a number."""
+    def text(self, form: Form) -> str:
+        """A table with a row a number."""
         cells = [
             [str(x), *(milliseconds(curve.rows[at].median) or curve.rows[at].status for curve in self.curves)]
             for at, x in enumerate(self.xs)
         ]
         head = [self.title.split()[0], *(curve.title for curve in self.curves)]
         notes = {f"* {row.title}: {row.note}": None for curve in self.curves for row in curve.rows if row.note}
-        title = f"## {self.title}: ms a meta-gradient, sinusoid MLP, one thread"
-        return [title, "", *table(head, cells), "", *([*notes, ""] if notes else [])]
+        title = f"{form.title}{self.title}: ms a meta-gradient, sinusoid MLP, one thread"
+        return "\n".join([title, "", form.table(head, cells, head), "", *([*notes, ""] if notes else [])])
 
 
 @dataclass(frozen=True)

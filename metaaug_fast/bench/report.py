@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+from ..report import tables
 from .ceilings import Ceilings
 from .operations import Count
 from .rivals import OURS, RIVALS
 from .row import Row
 from .workloads import Target, Workload
+
+
+class Form(NamedTuple):
+    """How a report is written: what stands before a title, and the function of `report.tables` that writes a table."""
+
+    title: str
+    table: Callable[[Sequence[str], Sequence[Sequence[str]], Collection[str]], str]
+
+
+PLAIN, MARKDOWN = Form("", tables.plain), Form("## ", tables.markdown)
 
 
 @dataclass(frozen=True)
@@ -93,8 +104,11 @@ class Report:
             "targets": [asdict(each) for each in self.verdicts(result)],
         }
 
-    def markdown(self) -> str:
-        """The table of every workload, with its targets under it."""
+    def __str__(self) -> str:
+        return self.text(PLAIN)
+
+    def text(self, form: Form) -> str:
+        """The table of every workload, with its targets under it; then the summary."""
         lines = [
             machine_line(self.machine),
             f"Ceilings: 3x3 convolution {self.ceilings.convolution:.0f} GFLOP/s, sgemm {self.ceilings.gemm:.0f} "
@@ -103,13 +117,13 @@ class Report:
             "",
         ]
         for result in self.results:
-            lines += [f"## {result.workload.name}", "", f"{result.workload}{_cost(result.count)}", ""]
-            lines += table(_HEAD, [_cells(result, row, self.ceilings) for row in result.rows])
+            lines += [f"{form.title}{result.workload.name}", "", f"{result.workload}{_cost(result.count)}", ""]
+            lines.append(form.table(_HEAD, [_cells(result, row, self.ceilings) for row in result.rows], _NUMBERS))
             notes = [f"* {row.title}: {row.note}" for row in result.rows if row.note]
             marks = {True: "met", False: "MISSED", None: "not judged"}
             judged = [f"* {marks[each.met]}: {each.text}" for each in self.verdicts(result)]
             lines += ["", *notes, *judged, ""]
-        return "\n".join(lines)
+        return "\n".join([*lines, self.summary()])
 
     def summary(self) -> str:
         """How many targets are met, and which are missed by how much."""
@@ -176,21 +190,8 @@ def machine_line(machine: Mapping[str, Any]) -> str:
     return f"Machine: {', '.join(f'{name} {value}' for name, value in machine.items())}."
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Markdown that is aligned as text too: the first column to the left, the others to the right."""
-    widths = [max(2, *(len(row[column]) for row in (head, *rows))) for column in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        return f"| {' | '.join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])} |"
-
-    rule = [f":{'-' * (widths[0] - 1)}", *(f"{'-' * (width - 1)}:" for width in widths[1:])]
-    return [line(head), line(rule), *map(line, rows)]
-
-
-_HEAD = (
-    "rival", "check", "error", "ms", "quartiles", "x ours", "first call s", "peak MB", "total MB", "GFLOP/s", "ceiling",
-)  # fmt: skip
+_NUMBERS = ("error", "ms", "quartiles", "x ours", "first call s", "peak MB", "total MB", "GFLOP/s", "ceiling")
+_HEAD = ("rival", "check", *_NUMBERS)
 
 
 def _cells(result: Result, row: Row, ceilings: Ceilings) -> list[str]:

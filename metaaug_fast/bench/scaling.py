@@ -15,7 +15,7 @@ from .growth import TWO_THREADS, Curve, Gain, Growth
 from .harness import BUILD_LIMIT, measure, take_turns
 from .machine import check_out, machine
 from .pictures import draw_scaling
-from .report import machine_line, table
+from .report import MARKDOWN, PLAIN, Form, machine_line
 from .rivals import OURS, RIVALS, check_rivals
 from .row import Row
 from .worker import Worker, cores
@@ -36,7 +36,7 @@ def scaling(
     first_call_limit: float = 300.0,
     say: Callable[[str], None] = lambda text: None,
 ) -> str:
-    """Write `scaling.json`, `scaling.md` and `scaling.png` into the folder `out`; the table.
+    """Write `scaling.json`, `scaling.md` and `scaling.png` into the folder `out`; the tables, plain.
 
     Tasks 1 to 4096 and steps 1 to 20 of the sinusoid with one thread; threads 1 and 2 where there are two cores.
 
@@ -60,7 +60,6 @@ def scaling(
     two = cores() >= 2
     gains = [thread_gain(WORKLOADS[name], rounds, first_call_limit, say) for name in THREADED] if two else []
     facts = machine(1)
-    text = _markdown(facts, growths, gains)
     write_json(
         out / "scaling.json",
         {
@@ -69,9 +68,9 @@ def scaling(
             "threads": [{**asdict(each), "gain": each.one / each.two} for each in gains],
         },
     )
-    write_atomically(out / "scaling.md", text.encode())
+    write_atomically(out / "scaling.md", _text(MARKDOWN, facts, growths, gains).encode())
     draw_scaling(growths, out / "scaling.png")
-    return text
+    return _text(PLAIN, facts, growths, gains)
 
 
 def _growth(title: str, runs: Mapping[int, list[Row]]) -> Growth:
@@ -110,14 +109,12 @@ def thread_gain(workload: Workload, rounds: int, limit: float, say: Callable[[st
     return Gain(workload.name, rows["1"].median or 0.0, rows["2"].median or 0.0, same)
 
 
-def _markdown(facts: Mapping[str, Any], growths: Sequence[Growth], gains: Sequence[Gain]) -> str:
-    lines = [machine_line(facts), ""]
-    for growth in growths:
-        lines += growth.markdown()
-    lines += ["## Threads", ""]
+def _text(form: Form, facts: Mapping[str, Any], growths: Sequence[Growth], gains: Sequence[Gain]) -> str:
+    lines = [machine_line(facts), "", *(growth.text(form) for growth in growths), f"{form.title}Threads", ""]
     if gains:
-        head = ("metaaug_fast", "1 thread, ms", "2 threads, ms", "gain", f"at least {TWO_THREADS}", "same bits")
-        lines += table(head, [gain.cells() for gain in gains])
+        numbers = ("1 thread, ms", "2 threads, ms", "gain")
+        head = ("metaaug_fast", *numbers, f"at least {TWO_THREADS}", "same bits")
+        lines.append(form.table(head, [gain.cells() for gain in gains], numbers))
     else:
         lines.append("not judged: this process may use one core only")
     return "\n".join([*lines, ""])

@@ -14,7 +14,7 @@ from .harness import measure
 from .machine import check_out, check_threads, machine
 from .operations import Count, count
 from .pictures import draw
-from .report import Report, Result
+from .report import MARKDOWN, Report, Result
 from .rivals import RIVALS, check_rivals
 from .worker import Worker, cores
 from .workloads import Workload
@@ -50,7 +50,7 @@ def bench(
         write_json(out / "bench.json", report.as_dict())
     report.ceilings = report.ceilings.best(_ceilings(threads))
     write_json(out / "bench.json", report.as_dict())
-    write_atomically(out / "bench.md", f"{report.markdown()}\n{report.summary()}\n".encode())
+    write_atomically(out / "bench.md", f"{report.text(MARKDOWN)}\n".encode())
     draw(report, out / "bench.png")
     return report
 

@@ -163,7 +163,7 @@ def _bench(options: argparse.Namespace) -> int:
             except (KeyboardInterrupt, SystemExit):
                 _say(f"stopped; finished workloads are in {options.out / 'bench.json'}")
                 raise
-            print(f"{report.markdown()}\n{report.summary()}")
+            print(report)
     name = "scaling" if options.scaling else "bench"
     print("written: " + ", ".join(str(options.out / f"{name}.{suffix}") for suffix in ("md", "json", "png")))
     return 0

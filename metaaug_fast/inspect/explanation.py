@@ -14,6 +14,7 @@ from ..engine.lowering.graph import Op, Refusal
 from ..engine.lowering.table import Shape, batched
 from ..engine.lowering.trace import survey
 from ..engine.problem import inner_problem
+from ..report.tables import plain
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Explanation:
     path: str = ""
 
     def __str__(self) -> str:
-        lines: list[tuple[str, ...]] = [("op", "where", "output", "parameters", "FLOPs", "fused")]
+        lines = []
         for row in self.rows:
             shape = "?" if row.shape is None else batched(row.shape)
             cost = "?" if row.flops is None else f"{row.flops:,}"
@@ -61,7 +62,8 @@ class Explanation:
             if self.fused
             else f"fallback (torch.func), because {self.reason}"
         )
-        return f"{_aligned(lines)}\nruns on: {verdict}"
+        head = ("op", "where", "output", "parameters", "FLOPs", "fused")
+        return f"{plain(head, lines, numbers=('parameters', 'FLOPs'))}\nruns on: {verdict}"
 
     __repr__ = __str__
 
@@ -144,15 +146,3 @@ def _flops(op: Op, inputs: list[Shape], params: list[Shape]) -> int:
     if op.kind == "mean_pool":
         return math.prod(inputs[0])
     return 0 if op.kind == "flatten" else size
-
-
-def _aligned(lines: list[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    numbers = (3, 4)
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if index in numbers else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )

@@ -16,6 +16,7 @@ from ..engine.executor import choose_executor
 from ..engine.problem import Query, Support, with_seed
 from ..errors import FallbackWarning
 from ..learners.gradient import Learner
+from ..report.tables import plain
 from ..tasks import TaskBatch
 
 SECOND, FIRST = "second order", "first order"
@@ -65,12 +66,15 @@ class GradientReport:
 
     def __str__(self) -> str:
         said = "" if self.ok else f" (the learner says {FIRST if self.first_order else SECOND})"
-        lines = [f"{self.order}{said}; relative errors of the {self.executor} executor's gradients in float64 from"]
-        lines.append(f"{'':12}{'second order':>16}{'first order':>16}{'differences':>16}")
-        for group, error in self.errors.items():
-            numbers = (error.second_order, error.first_order, error.differences)
-            lines.append(f"{group:12}" + "".join(f"{number:16.1e}" for number in numbers))
-        return "\n".join(lines)
+        references = (SECOND, FIRST, "differences")
+        rows = [
+            (group, *(f"{number:.1e}" for number in (error.second_order, error.first_order, error.differences)))
+            for group, error in self.errors.items()
+        ]
+        return (
+            f"{self.order}{said}; relative errors of the {self.executor} executor's gradients in float64 from\n"
+            f"{plain(('', *references), rows, numbers=references)}"
+        )
 
 
 def check_gradients(

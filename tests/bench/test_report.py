@@ -13,7 +13,7 @@ from metaaug_fast.bench.growth import Curve, Gain, Growth
 from metaaug_fast.bench.machine import machine
 from metaaug_fast.bench.operations import Count
 from metaaug_fast.bench.pictures import draw, draw_scaling
-from metaaug_fast.bench.report import Report, Result, judge
+from metaaug_fast.bench.report import MARKDOWN, PLAIN, Report, Result, judge
 from metaaug_fast.bench.row import Row
 from metaaug_fast.bench.scaling import thread_gain
 from metaaug_fast.bench.workloads import Target, Workload
@@ -117,12 +117,17 @@ def report():
 
 
 def test_table_shows_every_rival_and_target(report):
-    table = report.markdown()
-    assert "a processor" in table
-    for shown in ("| LOOP ", " 3.00 ", "* HIGHER: not installed: pip install higher", "| COMPILE ", "cut off", "inf"):
-        assert shown in table
-    assert "* met: second order costs 2.00 first orders (at most 2.2)" in table
-    assert "* MISSED: 3.00 times as fast as LOOP (at least 9), off by 67%" in table
+    for form, shown in (
+        (MARKDOWN, ("## two\n", "| LOOP ", "| COMPILE ")),
+        (PLAIN, ("\ntwo\n", "\nLOOP ", "\nCOMPILE ")),
+    ):
+        text = report.text(form)
+        for each in (*shown, "a processor", " 3.00 ", "* HIGHER: not installed: pip install higher", "cut off", "inf"):
+            assert each in text
+        assert "* met: second order costs 2.00 first orders (at most 2.2)" in text
+        assert "* MISSED: 3.00 times as fast as LOOP (at least 9), off by 67%" in text
+        assert text.endswith(report.summary())
+    assert str(report) == report.text(PLAIN)
     assert report.summary().splitlines() == [
         "targets: 2 met, 1 missed, 0 not judged",
         "  two: 3.00 times as fast as LOOP (at least 9), off by 67%",
@@ -148,7 +153,8 @@ def test_pictures(report, tmp_path):
     growth = Growth("T tasks", (1, 4), [Curve("jax", "JAX", [row("jax", 1.0), row("jax", status="cut off")])])
     draw_scaling([growth, growth], tmp_path / "scaling.png")
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("bench.png", "empty.png", "scaling.png"))
-    assert "| 4  | cut off |" in growth.markdown()
+    assert "|  4 | cut off |" in growth.text(MARKDOWN)
+    assert growth.text(PLAIN).splitlines()[-1] == "4  cut off"
 
 
 def test_two_threads_are_judged_by_time_and_by_bits():
@@ -172,7 +178,7 @@ def test_a_run_leaves_table_json_and_picture(tmp_path, monkeypatch):
     report = suite.bench([MLP], out, rivals=(), threads=1, rounds=1, say=said.append)
     assert [each.rival for each in report.results[0].rows] == ["metaaug_fast"]
     assert json.loads((out / "bench.json").read_text()) == report.as_dict()
-    assert (out / "bench.md").read_text() == f"{report.markdown()}\n{report.summary()}\n"
+    assert (out / "bench.md").read_text() == f"{report.text(MARKDOWN)}\n"
     assert (out / "bench.png").exists()
     assert said == ["one: metaaug_fast", "one: rounds"]
     assert report.machine["torch"] == torch.__version__

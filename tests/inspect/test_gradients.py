@@ -50,7 +50,10 @@ def test_the_order_is_found(first_order: bool, net: nn.Module, options: dict[str
         assert (error.differences < 1e-6) == (not first_order), group
         assert max(error.first_order, error.second_order) > 1e-6, group
     assert str(report).startswith(report.order)
-    assert "support_x" in str(report)
+    head, *rows = str(report).splitlines()[1:]
+    assert head.split("  ")[-3:] == ["second order", "first order", "differences"]
+    assert [row.split()[0] for row in rows] == list(report.errors)
+    assert {len(line) for line in (head, *rows)} == {len(head)}  # numbers end under the end of their column's name
 
 
 @backends
