@@ -7,9 +7,11 @@ import io
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from platformdirs import user_cache_dir
 
 from ..files import write_atomically
 
@@ -22,17 +24,20 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 
 
 def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Where caches lie: `cache_dir`, else `$METAAUG_CACHE`, else `metaaug_fast` in `$XDG_CACHE_HOME` or `~/.cache`.
+    """Where caches lie: `cache_dir`, else `$METAAUG_CACHE`, else where the system keeps the user's caches.
+
+    The last is `metaaug_fast` in `$XDG_CACHE_HOME` or `~/.cache`, on macOS in `~/Library/Caches`: see platformdirs.
 
     Raises:
         OSError: the user has no home folder (no `$HOME` and no entry in the password file), and nothing else is set.
     """
     if given := cache_dir or os.environ.get("METAAUG_CACHE"):
         return expanded(given)
-    base = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    if base.parts[0] == "~":
-        raise OSError("there is no home folder to keep a cache in: set METAAUG_CACHE to a folder, or HOME")
-    return base / "metaaug_fast"
+    with suppress(RuntimeError):  # there is no home; platformdirs before 4.12 leaves the `~`
+        folder = expanded(user_cache_dir("metaaug_fast"))
+        if folder.parts[0] != "~":
+            return folder
+    raise OSError("there is no home folder to keep a cache in: set METAAUG_CACHE to a folder, or HOME")
 
 
 def cached_arrays(

@@ -1,4 +1,5 @@
 import os
+import pwd
 import subprocess
 import sys
 import warnings
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from metaaug_fast.data import cache
 from metaaug_fast.data.cache import cache_folder, cached_arrays
 
 
@@ -89,6 +91,7 @@ def test_what_a_killed_process_leaves_is_removed(made, tmp_path):
     assert [path.suffix for path in tmp_path.iterdir()] == [".npz"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other places")
 def test_folder(monkeypatch, tmp_path):
     assert cache_folder(tmp_path) == tmp_path
     assert cache_folder() == Path(os.environ["METAAUG_CACHE"])
@@ -98,3 +101,14 @@ def test_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache" / "metaaug_fast"
+
+
+def test_no_home_is_the_same_error_with_an_older_platformdirs(monkeypatch):
+    """Which gives a path that begins with `~`, where a newer one raises."""
+    for name in ("METAAUG_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda user: {}[user])
+    for answer in (cache.user_cache_dir, "~/.cache/{}".format):
+        monkeypatch.setattr(cache, "user_cache_dir", answer)
+        with pytest.raises(OSError, match="there is no home folder to keep a cache in: set METAAUG_CACHE"):
+            cache_folder()

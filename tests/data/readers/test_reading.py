@@ -224,11 +224,11 @@ print(*(each.message for each in caught), sep="\\n")
     assert f"thing is made again at every start ({reason})" in done.stdout
 
 
-def test_a_home_of_nobody_does_not_matter_where_the_cache_is_named(tmp_path):
-    done = nobody(
-        "from metaaug_fast.data.cache import cache_folder; print(cache_folder())", METAAUG_CACHE=str(tmp_path)
-    )
-    assert done.stdout == f"{tmp_path}\n", done.stderr
+@pytest.mark.parametrize(("variable", "below"), [("METAAUG_CACHE", ""), ("XDG_CACHE_HOME", "metaaug_fast")])
+def test_a_home_of_nobody_does_not_matter_where_the_cache_is_named(tmp_path, variable, below):
+    code = "from metaaug_fast.data.cache import cache_folder; print(cache_folder())"
+    done = nobody(code, **{variable: str(tmp_path)})
+    assert done.stdout == f"{tmp_path / below}\n", done.stderr
     assert cache_folder("~nosuchuser/x").parts[0] == "~nosuchuser"
 
 
