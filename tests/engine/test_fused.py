@@ -924,7 +924,7 @@ def test_peak_memory_without_kept_activations_grows_by_the_weights_of_each_step_
     out = python("""
         import gc, os
         import torch, metaaug_fast as mf
-        from metaaug_fast.inner_loop import meta_loss
+        from metaaug_fast.engine.loop import meta_loss
         from metaaug_fast.engine.problem import Query, Support, inner_problem
 
         def peak():
