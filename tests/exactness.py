@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from metaaug_fast.engine import reference
+from metaaug_fast.engine.norms import forward
 from metaaug_fast.engine.problem import InnerProblem, Query, Support
 
 RATE_FORMS = ("number", "scalar", "step", "tensor", "tensor, step", "element", "element, step", "mixed")
@@ -56,10 +58,26 @@ def leaves(problem: InnerProblem, support: Support, query: Query | None = None) 
     return {name: value for name, value in named.items() if value is not None and value.requires_grad}
 
 
+def predictions(problem: InnerProblem, flat: Tensor, x: Tensor) -> Tensor:
+    """The specification's, of each task's weights `[T, P]` on its queries `[T, N, ...]`."""
+    outputs = [
+        forward(problem, reference.unpack(problem, each), one, task=task, step=problem.steps, query=True)
+        for task, (each, one) in enumerate(zip(flat, x, strict=True))
+    ]
+    return torch.stack(outputs)
+
+
 def gradients(value: Tensor, inputs: Mapping[str, Tensor], **options: bool) -> dict[str, Tensor]:
     """The gradient of a scalar with respect to each input; zeros where there is none."""
     found = torch.autograd.grad(value, list(inputs.values()), allow_unused=True, materialize_grads=True, **options)
     return dict(zip(inputs, found, strict=True))
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Of a tensor as a whole; what is expected must not be zero."""
+    assert found.shape == expected.shape
+    assert expected.norm() > 0
+    return float((found - expected).detach().norm() / expected.detach().norm())
 
 
 def errors(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:

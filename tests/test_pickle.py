@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import metaaug_fast as mf
+from tests.building import perceptron, tasks
 
 # Reads a learner and tasks, and writes what the learner makes of them, and the learner.
 ELSEWHERE = """
@@ -28,9 +29,7 @@ LEARNERS = {
 
 
 def draw():
-    model = nn.Sequential(nn.Linear(4, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 3)).double()
-    x, y = torch.randn(3, 6, 4).double(), torch.randint(3, (3, 6))
-    return model, mf.TaskBatch(x, y, torch.randn(3, 5, 4).double(), torch.randint(3, (3, 5)))
+    return perceptron(nn.BatchNorm1d(7), nn.Tanh()), tasks()
 
 
 def results(learner, tasks):

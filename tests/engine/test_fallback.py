@@ -12,22 +12,26 @@ from torch.func import functional_call, grad, vmap
 
 from metaaug_fast.engine import fallback, reference
 from metaaug_fast.engine.fallback import FallbackExecutor, probe_output_shape
-from metaaug_fast.engine.norms import forward, update_running
+from metaaug_fast.engine.norms import update_running
 from metaaug_fast.engine.problem import InnerProblem, Query, Support, inner_problem
 from metaaug_fast.errors import FallbackWarning, NonFiniteError
+from tests.building import sets
+from tests.exactness import (
+    RATE_FORMS,
+    assert_close,
+    gradients,
+    learned_rates,
+    leaves,
+    predictions,
+    rand,
+    randn,
+    relative_error,
+)
 
 TASKS, CLASSES = 3, 3
 
 
 pytestmark = pytest.mark.usefixtures("fresh_numbers")
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def rand(*shape: int) -> Tensor:
-    return torch.rand(shape, dtype=torch.float64)
 
 
 class Transformer(nn.Module):
@@ -102,37 +106,6 @@ MODELS = {
 }
 
 
-def sets(shape: tuple[int, ...], tasks: int = TASKS) -> tuple[Support, Query]:
-    """Random sets with soft support labels and sample weights; all that can have a gradient asks for it."""
-    support = Support(randn(tasks, 5, *shape), randn(tasks, 5, CLASSES).softmax(-1), rand(tasks, 5))
-    query = Query(randn(tasks, 4, *shape), torch.randint(CLASSES, (tasks, 4)))
-    for each in (support.x, support.y, support.sample_weight, query.x):
-        each.requires_grad_()
-    return support, query
-
-
-def leaves(problem: InnerProblem, support: Support, query: Query) -> dict[str, Tensor]:
-    named = {**problem.parameters}
-    named |= {f"rate of {name}": rate.value for name, rate in problem.rates.items()}
-    named |= {"support.x": support.x, "support.y": support.y, "sample_weight": support.sample_weight}
-    named |= {"initial": support.initial, "query.x": query.x, "query.y": query.y, "step_weights": query.step_weights}
-    return {name: value for name, value in named.items() if value is not None and value.requires_grad}
-
-
-def gradients(loss: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True, materialize_grads=True)
-    return dict(zip(inputs, found, strict=True))
-
-
-def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    scale = max(float(each.norm()) for each in expected.values())
-    for name, value in expected.items():
-        assert got[name].shape == value.shape
-        # A gradient that is zero, as that of a bias before a batch norm, is so to the rounding of the others.
-        error = float((got[name] - value).norm()) / max(float(value.norm()), 1e-3 * scale)
-        assert error < 1e-9, f"{name}: {error:.1e}"
-
-
 def executor_of(problem: InnerProblem, support: Support) -> FallbackExecutor:
     return FallbackExecutor(problem.model, probe_output_shape(problem.model, support.x[0].detach()))
 
@@ -148,7 +121,7 @@ def assert_exact(problem: InnerProblem, support: Support, query: Query) -> None:
     torch.testing.assert_close(got.loss, got.task_losses.mean())
     assert (got.accuracy is None) == (expected.accuracy is None)
     assert got.accuracy is None or torch.equal(got.accuracy, expected.accuracy)
-    share = torch.rand(len(support.x), dtype=torch.float64)
+    share = rand(len(support.x))
     inputs = leaves(problem, support, query)
     assert inputs
     assert_close(gradients(got.task_losses @ share, inputs), gradients(expected.task_losses @ share, inputs))
@@ -171,38 +144,7 @@ def test_every_gradient_is_the_references(name, options):
     assert_exact(inner_problem(make().double(), lr, seed=5, **options), *sets(shape))
 
 
-def learned_rates(form: str, parameters: dict[str, Tensor], steps: int):
-    def value(*shape: int) -> Tensor:
-        return (0.3 * rand(*shape)).requires_grad_()
-
-    return {
-        "number": lambda: 0.3,
-        "scalar": lambda: value(),
-        "per step": lambda: value(steps),
-        "per tensor": lambda: {name: value() for name in parameters},
-        "per tensor and step": lambda: {name: value(steps) for name in parameters},
-        "per element": lambda: {name: value(*each.shape) for name, each in parameters.items()},
-        "per element and step": lambda: {name: value(steps, *each.shape) for name, each in parameters.items()},
-        "mixed": lambda: {
-            name: (0.1, value(steps), value(*each.shape))[place % 3]
-            for place, (name, each) in enumerate(parameters.items())
-        },
-    }[form]()
-
-
-@pytest.mark.parametrize(
-    "form",
-    [
-        "number",
-        "scalar",
-        "per step",
-        "per tensor",
-        "per tensor and step",
-        "per element",
-        "per element and step",
-        "mixed",
-    ],
-)
+@pytest.mark.parametrize("form", RATE_FORMS)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_every_form_of_learning_rate(form, momentum):
     model = perceptron().double()
@@ -307,13 +249,7 @@ def test_adapt_and_predict_are_differentiable_once():
     flat = executor.adapt(problem, support)
     output = executor.predict(problem, flat, query.x)
     assert output.shape == (TASKS, 4, *executor.output_shape)
-    expected_flat = reference.adapt(problem, support)
-    expected = torch.stack(
-        [
-            forward(problem, reference.unpack(problem, each), x, task=task, step=problem.steps, query=True)
-            for task, (each, x) in enumerate(zip(expected_flat, query.x, strict=True))
-        ]
-    )
+    expected = predictions(problem, reference.adapt(problem, support), query.x)
     torch.testing.assert_close(output, expected, rtol=1e-11, atol=1e-11)
     direction = torch.randn_like(output)
     assert_close(gradients((output * direction).sum(), inputs), gradients((expected * direction).sum(), inputs))
@@ -578,7 +514,7 @@ def two_step_error(model: nn.Module, shape: tuple[int, ...], outside: bool) -> f
     tracked = {name: value.clone().requires_grad_() for name, value in parameters.items()}
     total = sum(meta(tracked, *each, plain) for each in zip(x, y, query, strict=True)) / TASKS
     expected = reference.pack(dict(enumerate(torch.autograd.grad(total, list(tracked.values())))))
-    return float((reference.pack(got) - expected).norm() / expected.norm())
+    return relative_error(reference.pack(got), expected)
 
 
 NORMS = {

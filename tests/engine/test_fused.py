@@ -4,9 +4,7 @@ import copy
 import math
 import os
 import random
-import subprocess
 import sys
-import textwrap
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,10 +19,11 @@ from metaaug_fast import _C
 from metaaug_fast.engine import reference
 from metaaug_fast.engine.executor import choose_executor
 from metaaug_fast.engine.fused import FusedExecutor
-from metaaug_fast.engine.norms import forward, update_running
+from metaaug_fast.engine.norms import update_running
 from metaaug_fast.engine.problem import InnerProblem, Query, Support, inner_problem
 from metaaug_fast.errors import NonFiniteError, NotFusedError
-from tests.exactness import RATE_FORMS, assert_close, gradients, learned_rates, leaves, rand, randn
+from tests.building import python, sets
+from tests.exactness import RATE_FORMS, assert_close, gradients, learned_rates, leaves, predictions, rand, randn
 
 pytestmark = pytest.mark.usefixtures("fresh_numbers")
 on_its_own = pytest.mark.cpu_only("a process of its own does not run in the emulation")
@@ -263,12 +262,9 @@ def assert_exact(problem: InnerProblem, support: Support, query: Query) -> None:
 
 def share_of_ties(problem: InnerProblem, support: Support, query: Query) -> Tensor:
     """Of each task's queries, those whose two best outputs differ by rounding alone."""
-    shares = []
-    for task, (flat, x) in enumerate(zip(reference.adapt(problem, support), query.x, strict=True)):
-        output = forward(problem, reference.unpack(problem, flat), x, task=task, step=problem.steps, query=True)
-        best, second = output.detach().topk(2, dim=1).values.unbind(1)
-        shares.append((best - second < 1e-10).double().mean() + 1e-12)
-    return torch.stack(shares)
+    output = predictions(problem, reference.adapt(problem, support), query.x).detach()
+    best, second = output.topk(2, dim=2).values.unbind(2)
+    return (best - second < 1e-10).double().mean(1) + 1e-12
 
 
 @pytest.mark.parametrize("case", range(48))
@@ -284,12 +280,7 @@ def test_a_loss_of_ones_own_on_predictions_of_adapted_weights(case):
     got_flat, flat = executor.adapt(problem, support), reference.adapt(problem, support)
     torch.testing.assert_close(got_flat, flat, rtol=1e-10, atol=1e-12)
     got = executor.predict(problem, got_flat, query.x)
-    expected = torch.stack(
-        [
-            forward(problem, reference.unpack(problem, each), x, task=task, step=problem.steps, query=True)
-            for task, (each, x) in enumerate(zip(flat, query.x, strict=True))
-        ]
-    )
+    expected = predictions(problem, flat, query.x)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
     inputs, share, direction = leaves(problem, support, query), torch.randn_like(got), torch.randn_like(flat)
     if inputs:
@@ -344,13 +335,9 @@ def filtered(width: int = 24) -> nn.Module:
     return nn.Sequential(*conv, nn.Tanh(), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(4 * width, 3)).double()
 
 
-def conv_sets(tasks: int = 3, supports: int = 5, queries: int = 4, ways: int = 3) -> tuple[Support, Query]:
-    """Sets for `convolutional`: class ids in the query, the rest differentiable."""
-    support = Support(randn(tasks, supports, 2, 8, 8), randn(tasks, supports, ways).softmax(-1), rand(tasks, supports))
-    query = Query(randn(tasks, queries, 2, 8, 8), torch.randint(ways, (tasks, queries)))
-    for each in (support.x, support.y, support.sample_weight, query.x):
-        each.requires_grad_()
-    return support, query
+def conv_sets(**sizes: int) -> tuple[Support, Query]:
+    """Sets for `convolutional`."""
+    return sets((2, 8, 8), **sizes)
 
 
 def cast(
@@ -444,7 +431,7 @@ def test_a_bias_before_a_batch_norm_has_no_gradient():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("tasks", [5, 70])
 def test_the_same_bits_whatever_the_threads_and_whatever_ran_before(dtype, tasks):
-    support, query = conv_sets(tasks)
+    support, query = conv_sets(tasks=tasks)
     model = convolutional().train()
     model.insert(3, nn.Dropout(0.3))
     lr = (0.1 * rand(3)).requires_grad_()
@@ -718,10 +705,9 @@ def test_per_step_affines(rows):
     got, expected = (each.adapt(problem, support).sin().sum() for each in (executor, reference))
     assert_close(gradients(got, inputs), gradients(expected, inputs))
     flat = reference.adapt(problem, support).detach()
-    prediction = executor.predict(problem, flat, query.x.detach())
-    for task, (weights, x) in enumerate(zip(flat, query.x, strict=True)):
-        wanted = forward(problem, reference.unpack(problem, weights), x, task=task, step=3, query=True)
-        torch.testing.assert_close(prediction[task], wanted.detach(), rtol=1e-11, atol=1e-12)
+    x = query.x.detach()
+    got, expected = executor.predict(problem, flat, x), predictions(problem, flat, x).detach()
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
 
 
 def test_per_step_tensors_of_one_model_may_differ_between_calls():
@@ -848,15 +834,6 @@ def test_a_budget_that_is_no_number_is_refused(value, monkeypatch):
 
 
 # --- processes of their own -----------------------------------------------------------------------------------------
-
-
-def python(program: str, timeout: float = 120) -> str:
-    """Standard output of a program in a new interpreter."""
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=timeout, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
 
 
 @on_its_own

@@ -21,6 +21,7 @@ import metaaug_fast as mf
 from metaaug_fast.engine import reference
 from metaaug_fast.engine.problem import InnerProblem, Query, Support, inner_problem
 from metaaug_fast.errors import NonFiniteError, NotFusedError
+from tests.building import VIEWS
 from tests.exactness import errors, gradients, leaves
 
 pytestmark = pytest.mark.usefixtures("fresh_numbers")
@@ -70,34 +71,7 @@ def unknown() -> nn.Module:
 
 
 SAMPLE_SHAPES = {perceptron: (4,), normalised: (4,), convolutional: (2, 4, 4), unknown: (4,)}
-
-# --- the same values, lying otherwise ---
-
-
-def padded(value: Tensor) -> Tensor:
-    """A slice of a tensor with more in every dimension."""
-    whole = value.new_zeros([size + 2 for size in value.shape])
-    return whole[tuple(slice(1, size + 1) for size in value.shape)].copy_(value)
-
-
-def every_second(value: Tensor) -> Tensor:
-    return value.repeat_interleave(2, 0)[::2]
-
-
-def permuted(value: Tensor) -> Tensor:
-    order = list(reversed(range(value.ndim)))
-    return value.permute(order).contiguous().permute(order)
-
-
-def negated(value: Tensor) -> Tensor:
-    return torch._neg_view(-value) if value.is_floating_point() else value
-
-
-def imaginary(value: Tensor) -> Tensor:
-    return torch.complex(torch.zeros_like(value), -value).conj().imag if value.is_floating_point() else value
-
-
-VIEWS = (lambda value: value, padded, every_second, permuted, negated, imaginary)
+LAYOUTS = (lambda value: value, *VIEWS.values())
 
 # --- what may be wrong with an argument ---
 
@@ -189,7 +163,7 @@ def draw_case(draw: st.DrawFn, prefix: str = "", dtypes: tuple[torch.dtype, ...]
     loss = draw(st.sampled_from(["ids", "probabilities", "mse", "bce"]), label="loss")
 
     def tensor(name: str, value: Tensor) -> Tensor:
-        value = draw(st.sampled_from(VIEWS), label=f"{name} lies as")(value)
+        value = draw(st.sampled_from(LAYOUTS), label=f"{name} lies as")(value)
         return value.requires_grad_(value.is_floating_point() and draw(st.booleans(), label=f"{name} has a gradient"))
 
     sets = {}

@@ -17,10 +17,8 @@ from metaaug_fast.engine.fast_weights import FastWeights
 from metaaug_fast.engine.loop import inner_loop
 from metaaug_fast.engine.problem import Query, Support, inner_problem
 from metaaug_fast.errors import FallbackWarning, NonFiniteError, NotFusedError
-
-T, S, Q, F, C = 3, 6, 5, 4, 3
-BACKENDS = ("fused", "fallback")
-backends = pytest.mark.parametrize("backend", BACKENDS)
+from tests.building import C, F, Q, S, T, backends, perceptron, tasks
+from tests.exactness import relative_error
 
 
 class Sorted(nn.Module):
@@ -30,20 +28,9 @@ class Sorted(nn.Module):
         return torch.sort(x, dim=1).values
 
 
-def mlp(*middle: nn.Module) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(F, 7), *(middle or [nn.Tanh()]), nn.Linear(7, C)).double()
-
-
 def data(classes: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Support x and y, query x."""
-    y = torch.randint(C, (T, S)) if classes else torch.randn(T, S, C).double().softmax(-1)
-    return torch.randn(T, S, F).double(), y, torch.randn(T, Q, F).double()
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    assert found.shape == expected.shape
-    assert expected.norm() > 0
-    return float((found - expected).detach().norm() / expected.detach().norm())
+    return tasks(soft=not classes).tensors[:3]
 
 
 OPTIONS = {
@@ -61,7 +48,7 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_weights_and_gradients_are_the_references(name: str, backend: str) -> None:
     options = {"lr": 0.3, "steps": 3, "batch_norm": "batch", **OPTIONS[name]}
-    model, (x, y, _) = mlp(nn.BatchNorm1d(7), nn.Tanh()), data(classes="smoothed" in name)
+    model, (x, y, _) = perceptron(nn.BatchNorm1d(7), nn.Tanh()), data(classes="smoothed" in name)
     if isinstance(options["lr"], Tensor):
         options["lr"] = options["lr"].clone().requires_grad_()
     leaves = [x, torch.rand(T, S).double() + 0.5, torch.randn(T, 7 * (F + 1 + 2 + C) + C).double()]
@@ -86,7 +73,7 @@ def test_weights_and_gradients_are_the_references(name: str, backend: str) -> No
 
 @backends
 def test_predictions_are_differentiable_down_to_the_model(backend: str) -> None:
-    model, (x, y, query) = mlp(), data()
+    model, (x, y, query) = perceptron(), data()
     query.requires_grad_()
     variables = [*model.parameters(), query]
     found = torch.autograd.grad(inner_loop(model, x, y, 0.2, 2, backend=backend)(query).square().sum(), variables)
@@ -102,14 +89,14 @@ def test_predictions_are_differentiable_down_to_the_model(backend: str) -> None:
 
 @backends
 def test_no_steps_leave_the_start(backend: str) -> None:
-    model, (x, y, _) = mlp(), data()
+    model, (x, y, _) = perceptron(), data()
     fast = inner_loop(model, x, y, steps=0, backend=backend)
     assert torch.equal(fast.flat, reference.pack(dict(model.named_parameters())).expand(T, -1))
 
 
 @backends
 def test_the_model_and_the_random_state_stay_as_they_were(backend: str) -> None:
-    model, (x, y, query) = mlp(nn.BatchNorm1d(7), nn.ReLU()), data()
+    model, (x, y, query) = perceptron(nn.BatchNorm1d(7), nn.ReLU()), data()
     before, mode = copy.deepcopy(model.state_dict()), model.training
     inner_loop(model, x, y, backend=backend)(query)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -119,7 +106,7 @@ def test_the_model_and_the_random_state_stay_as_they_were(backend: str) -> None:
 
 @backends
 def test_no_graph_under_no_grad(backend: str) -> None:
-    model, (x, y, query) = mlp(), data()
+    model, (x, y, query) = perceptron(), data()
     with torch.no_grad():
         fast = inner_loop(model, x, y, backend=backend)
     assert not fast.flat.requires_grad
@@ -128,7 +115,7 @@ def test_no_graph_under_no_grad(backend: str) -> None:
 
 @backends
 def test_dropout_draws_a_mask_for_each_call_from_the_generator(backend: str) -> None:
-    model, (x, y, _) = mlp(nn.Tanh(), nn.Dropout(0.5)), data()
+    model, (x, y, _) = perceptron(nn.Tanh(), nn.Dropout(0.5)), data()
     state = torch.get_rng_state()
     first, second = (inner_loop(model, x, y, backend=backend).flat for _ in range(2))
     torch.set_rng_state(state)
@@ -145,7 +132,7 @@ def test_dropout_draws_a_mask_for_each_call_from_the_generator(backend: str) -> 
 
 @backends
 def test_fast_weights_are_views_by_name(backend: str) -> None:
-    model, (x, y, _) = mlp(), data()
+    model, (x, y, _) = perceptron(), data()
     fast = inner_loop(model, x, y, backend=backend)
     views = fast.as_dict()
     assert {name: tuple(view.shape) for name, view in views.items()} == {
@@ -163,7 +150,7 @@ def test_fast_weights_are_views_by_name(backend: str) -> None:
 @backends
 @pytest.mark.parametrize("policy", ["batch", "running", "frozen"])
 def test_a_task_becomes_a_plain_module(policy: str, backend: str) -> None:
-    model, (x, y, query) = mlp(nn.BatchNorm1d(7), nn.ReLU()), data()
+    model, (x, y, query) = perceptron(nn.BatchNorm1d(7), nn.ReLU()), data()
     model(torch.randn(50, F).double() * 2 + 1)
     if policy == "running":
         model.eval()
@@ -185,13 +172,13 @@ def test_a_task_becomes_a_plain_module(policy: str, backend: str) -> None:
 
 def test_module_of_no_task() -> None:
     with pytest.raises(IndexError, match="3"):
-        inner_loop(mlp(), *data()[:2], backend="fallback").module(3)
+        inner_loop(perceptron(), *data()[:2], backend="fallback").module(3)
 
 
 @backends
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse", "bce"])
 def test_evaluate_is_the_references_query_loss(loss: str, backend: str) -> None:
-    model, (x, y, query) = mlp(), data(classes=loss == "cross_entropy")
+    model, (x, y, query) = perceptron(), data(classes=loss == "cross_entropy")
     target = torch.randint(C, (T, Q)) if loss == "cross_entropy" else torch.rand(T, Q, C).double()
     out = inner_loop(model, x, y, loss=loss, backend=backend).evaluate(query, target)
     expected = reference.meta_loss(inner_problem(model, 0.01, 5, loss=loss), Support(x, y), Query(query, target))
@@ -206,7 +193,7 @@ def test_evaluate_with_a_callable() -> None:
     def distance(prediction: Tensor, target: Tensor) -> Tensor:
         return (prediction - target).abs().sum()
 
-    model, (x, y, query) = mlp(), data(classes=False)
+    model, (x, y, query) = perceptron(), data(classes=False)
     target = torch.randn(T, Q, C).double()
     fast = inner_loop(model, x, y, loss=distance, backend="fallback")
     expected = (fast(query) - target).abs().sum((1, 2))
@@ -214,7 +201,7 @@ def test_evaluate_with_a_callable() -> None:
 
 
 def test_inputs_that_do_not_fit_fast_weights() -> None:
-    fast = inner_loop(mlp(), *data()[:2], backend="fallback")
+    fast = inner_loop(perceptron(), *data()[:2], backend="fallback")
     with pytest.raises(ValueError, match=r"x must be \[3, samples, ...\] .* \(got shape \(2, 5, 4\)\)"):
         fast(torch.zeros(2, Q, F).double())
     with pytest.raises(ValueError, match=r"\(got shape \(3, 0, 4\)\)"):
@@ -276,7 +263,7 @@ def test_a_fingerprint_sees_every_replacement(change) -> None:
 
 @backends
 def test_a_model_is_freed_with_its_last_name(backend: str) -> None:
-    model = mlp()
+    model = perceptron()
     gone = weakref.ref(model)
     inner_loop(model, *data()[:2], backend=backend)
     del model
@@ -285,7 +272,7 @@ def test_a_model_is_freed_with_its_last_name(backend: str) -> None:
 
 
 def test_the_fallback_warns_once_and_names_op_and_place() -> None:
-    model, (x, y, _) = mlp(Sorted()), data()
+    model, (x, y, _) = perceptron(Sorted()), data()
     with pytest.warns(FallbackWarning, match=r"(?s)sort.*backend=\"fused\"") as caught:
         inner_loop(model, x, y)
     assert len(caught) == 1
@@ -294,7 +281,7 @@ def test_the_fallback_warns_once_and_names_op_and_place() -> None:
         warnings.simplefilter("error")
         inner_loop(model, x, y)
         inner_loop(copy.deepcopy(model), x, y, backend="fallback")
-        inner_loop(mlp(), x, y)
+        inner_loop(perceptron(), x, y)
     with pytest.warns(FallbackWarning, match="needs a named loss .*callable.*<lambda>"):
         inner_loop(model, x, y, loss=lambda prediction, target: nn.functional.cross_entropy(prediction, target))
 
@@ -302,14 +289,14 @@ def test_the_fallback_warns_once_and_names_op_and_place() -> None:
 def test_fused_or_nothing() -> None:
     x, y, _ = data()
     with pytest.raises(NotFusedError, match="sort"):
-        inner_loop(mlp(Sorted()), x, y, backend="fused")
+        inner_loop(perceptron(Sorted()), x, y, backend="fused")
     with pytest.raises(NotFusedError, match="named loss"):
-        inner_loop(mlp(), x, y, loss=nn.functional.cross_entropy, backend="fused")
+        inner_loop(perceptron(), x, y, loss=nn.functional.cross_entropy, backend="fused")
 
 
 def test_both_backends_agree_to_rounding() -> None:
-    model, (x, y, query) = mlp(), data()
-    fused, fallback = (inner_loop(model, x, y, backend=backend)(query) for backend in BACKENDS)
+    model, (x, y, query) = perceptron(), data()
+    fused, fallback = (inner_loop(model, x, y, backend=backend)(query) for backend in ("fused", "fallback"))
     assert relative_error(fused, fallback) < 1e-12
 
 
@@ -327,7 +314,7 @@ BAD = {
     "support_x must be float32 or float64 on the CPU (got torch.float16)": {"support_x": X.half()},
     "support_x must have the dtype of the model's parameters": {"support_x": X.double()},
     "support_y must be on the device of support_x (got meta, cpu)": {"support_y": Y.to("meta")},
-    "support_x must be on the device of the model's parameters": {"model": mlp().float().to("meta")},
+    "support_x must be on the device of the model's parameters": {"model": perceptron().float().to("meta")},
     "lr must be >= 0 and finite (got -0.1)": {"lr": -0.1},
     "lr must be >= 0 and finite (got nan)": {"lr": float("nan")},
     "lr must be a scalar, [5] or a mapping by name (got shape (2,))": {"lr": [0.1, 0.1]},
@@ -338,7 +325,7 @@ BAD = {
     "loss must be callable or one of": {"loss": "hinge"},
     "adapt must name parameters of the model (got 'neck.*'": {"adapt": ["2.*", "neck.*"]},
     "model must have parameters to adapt": {"model": nn.Flatten()},
-    "adapt must leave a parameter that moves (got None": {"model": mlp().float().requires_grad_(False)},
+    "adapt must leave a parameter that moves (got None": {"model": perceptron().float().requires_grad_(False)},
     "batch_norm must be one of": {"batch_norm": "layer"},
     "batch_norm must be batch, running or frozen": {"batch_norm": "per_step"},
     "backend must be one of auto, fused, fallback (got 'gpu')": {"backend": "gpu"},
@@ -356,7 +343,7 @@ BAD = {
 @pytest.mark.filterwarnings("ignore::metaaug_fast.errors.FallbackWarning")
 def test_bad_input_is_refused_before_any_work(message: str, bad: dict[str, object]) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011
-        inner_loop(**{"model": mlp().float(), "support_x": X, "support_y": Y, **bad})
+        inner_loop(**{"model": perceptron().float(), "support_x": X, "support_y": Y, **bad})
     assert message in str(caught.value)
 
 
@@ -365,7 +352,7 @@ def test_a_nan_is_reported_with_task_and_step(backend: str) -> None:
     x, y, _ = data()
     x[1, 2, 0] = float("nan")
     with pytest.raises(NonFiniteError, match="task 1, step 0"):
-        inner_loop(mlp(), x, y, backend=backend)
+        inner_loop(perceptron(), x, y, backend=backend)
 
 
 @backends

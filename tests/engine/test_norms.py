@@ -6,6 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metaaug_fast.engine.norms import BatchStatistics, forward, update_running
 from metaaug_fast.engine.problem import InnerProblem
+from tests.exactness import randn
 
 KEY = {"task": 0, "step": 0}
 
@@ -23,10 +24,6 @@ class Call(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x, *self.weights)
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def problem_of(model: nn.Module, **kwargs) -> InnerProblem:

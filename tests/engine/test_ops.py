@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from metaaug_fast.engine import reference
 from metaaug_fast.engine.executor import choose_executor
-from metaaug_fast.engine.norms import forward
 from metaaug_fast.engine.problem import InnerProblem, Query, Support, inner_problem
-from tests.exactness import assert_close, gradients, leaves, rand, randn
+from tests.exactness import assert_close, gradients, leaves, predictions, rand, randn
 
 DRAWS = 12  # random shapes for each op
 
@@ -78,7 +77,7 @@ def check(model: nn.Module, sample: tuple[int, ...], samples: int | None = None,
     for steps in (0, 1):
         problem = inner_problem(model, 0.3, steps, loss="mse", adapt=adapt, seed=integer(0, 99), **options)
         executor = choose_executor(problem, sample, "fused")
-        torch.testing.assert_close(*predictions(problem, executor, query.x.detach()), rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(*unadapted(problem, executor, query.x.detach()), rtol=1e-11, atol=1e-12)
         assert_exact(problem, support, query)
 
 
@@ -91,14 +90,10 @@ def assert_exact(problem: InnerProblem, support: Support, query: Query) -> None:
     assert_close(gradients(got, inputs), gradients(expected, inputs), 1e-10)
 
 
-def predictions(problem: InnerProblem, executor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the model's own weights: the executor's and the specification's."""
+def unadapted(problem: InnerProblem, executor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Predictions of the model's own weights: the executor's and the specification's."""
     flat = reference.pack(problem.parameters).detach().expand(len(x), -1)
-    each = [
-        forward(problem, problem.parameters, one, task=task, step=problem.steps, query=True)
-        for task, one in enumerate(x)
-    ]
-    return executor.predict(problem, flat, x), torch.stack(each).detach()
+    return executor.predict(problem, flat, x), predictions(problem, flat, x)
 
 
 def drawn(make_shape, make_op, *, until_it_fits: bool = False) -> tuple[nn.Module, tuple[int, ...]]:
@@ -332,7 +327,7 @@ def test_a_norm_a_relu_and_a_pool_take_nan_for_the_largest_and_the_first_of_equa
         x[0, 1, 1, 2, 3] = torch.nan
     problem = inner_problem(model, 0.3, 0, loss="mse", batch_norm="frozen")
     executor = choose_executor(problem, (2, 5, 4), "fused")
-    got, expected = predictions(problem, executor, x.detach())
+    got, expected = unadapted(problem, executor, x.detach())
     torch.testing.assert_close(got, expected, equal_nan=True)
     assert expected.isnan().any()
 

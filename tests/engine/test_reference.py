@@ -9,12 +9,9 @@ from torch import Tensor, nn
 from metaaug_fast.engine.losses import task_loss
 from metaaug_fast.engine.problem import InnerProblem, Query, Support, inner_problem
 from metaaug_fast.engine.reference import adapt, meta_loss, pack, running_statistics, unpack
+from tests.exactness import randn
 
 pytestmark = pytest.mark.usefixtures("fresh_numbers")
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def close(got: Tensor, expected: Tensor, tolerance: float = 1e-10) -> bool:

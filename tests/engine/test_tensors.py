@@ -5,55 +5,30 @@ import itertools
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import metaaug_fast as mf
 from metaaug_fast.engine import reference
 from metaaug_fast.engine.executor import choose_executor, fingerprint
 from metaaug_fast.engine.problem import Query, Support, inner_problem
+from tests.building import VIEWS, C, F, Q, S, T, backends, negated, perceptron
 from tests.exactness import assert_close, gradients, leaves, rand, randn
 
 pytestmark = pytest.mark.usefixtures("fresh_numbers")
 
-T, S, Q, F, C, K = 2, 5, 3, 4, 3, 2
-
-
-def negated(value: Tensor) -> Tensor:
-    """The same values as a view that negates on reading."""
-    view = torch._neg_view((-value.detach()).contiguous())
-    assert view.is_neg()
-    assert view.is_contiguous()
-    return view
-
-
-def imaginary(value: Tensor) -> Tensor:
-    """The same values as the imaginary part of a conjugate, negated and with gaps."""
-    view = torch.complex(torch.zeros_like(value), -value.detach()).conj().imag
-    assert view.is_neg()
-    return view
-
-
-def every_second(value: Tensor) -> Tensor:
-    return value.detach().repeat_interleave(2, -1)[..., ::2] if value.ndim else value.detach()
-
-
-def transposed(value: Tensor) -> Tensor:
-    return value.detach().flip(0).movedim(0, -1).contiguous().movedim(-1, 0).flip(0) if value.ndim else value.detach()
-
-
-VIEWS = {"negated": negated, "imaginary": imaginary, "every second": every_second, "transposed": transposed}
+K = 2
 
 
 def network() -> nn.Module:
-    return nn.Sequential(nn.Linear(F, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, C)).double()
+    return perceptron(nn.BatchNorm1d(7), nn.Tanh())
 
 
-@pytest.mark.parametrize("backend", ["fused", "fallback"])
+@backends
 @pytest.mark.parametrize("view", VIEWS)
 def test_views_are_read_as_what_they_stand_for(view, backend):
     as_view = VIEWS[view]
     model = network()
-    model[1].running_mean, model[1].running_var = as_view(rand(6)), as_view(1 + rand(6))
+    model[1].running_mean, model[1].running_var = as_view(rand(7)), as_view(1 + rand(7))
     size = sum(value.numel() for value in model.parameters())
 
     def problem_and_sets(change):
@@ -84,7 +59,7 @@ def test_views_are_read_as_what_they_stand_for(view, backend):
     assert_close(gradients((executor.adapt(problem, support) * adjoint).sum(), inputs), expected)
 
 
-@pytest.mark.parametrize("backend", ["fused", "fallback"])
+@backends
 def test_parameters_may_be_views(backend):
     model, plain = network(), network()
     for parameter, other in zip(model.parameters(), plain.parameters(), strict=True):

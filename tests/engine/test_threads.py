@@ -1,10 +1,10 @@
 """First calls from many threads at once, in fresh processes: later ones find what the first have left."""
 
-import subprocess
-import sys
 import textwrap
 
 import pytest
+
+from tests.building import python
 
 START = """
     import random, sys, threading, warnings
@@ -147,6 +147,4 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_first_calls_from_many_threads(case):
     program = "".join(textwrap.dedent(part) for part in (START, CASES[case], END))
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.endswith("right\n")
+    assert python(program, timeout=300).endswith("right\n")

@@ -11,19 +11,16 @@ from metaaug_fast.inspect.gradients import check_gradients
 from metaaug_fast.learners.maml import MAML
 from metaaug_fast.learners.reptile import Reptile
 from metaaug_fast.tasks import MetaOutput, TaskBatch
-
-T, S, Q, F, C = 2, 5, 4, 4, 3
-backends = pytest.mark.parametrize("backend", ["fused", "fallback"])
+from tests import building
+from tests.building import C, S, T, backends, perceptron
 
 
 def model(*middle: nn.Module) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(F, 7), *(middle or [nn.Tanh()]), nn.Linear(7, C))
+    return perceptron(*middle).float()
 
 
 def tasks(soft: bool = False) -> TaskBatch:
-    y = torch.randn(T, S, C).softmax(-1) if soft else torch.randint(C, (T, S))
-    query = torch.randn(T, Q, C).softmax(-1) if soft else torch.randint(C, (T, Q))
-    return TaskBatch(torch.randn(T, S, F), y, torch.randn(T, Q, F), query)
+    return building.tasks(soft).to(torch.float32)
 
 
 @backends

@@ -17,24 +17,14 @@ from metaaug_fast.engine.problem import Query, Support
 from metaaug_fast.errors import NonFiniteError
 from metaaug_fast.learners.maml import MAML
 from metaaug_fast.tasks import MetaOutput, TaskBatch
+from tests.building import C, F, Q, S, T, backends, perceptron, tasks
+from tests.exactness import relative_error
 
-T, S, Q, F, C, K = 3, 6, 5, 4, 3, 3
-backends = pytest.mark.parametrize("backend", ["fused", "fallback"])
+K = 3
 
 
 def model() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(F, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, C)).double()
-
-
-def tasks() -> TaskBatch:
-    x, query = torch.randn(T, S, F).double(), torch.randn(T, Q, F).double()
-    return TaskBatch(x, torch.randint(C, (T, S)), query, torch.randint(C, (T, Q)))
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    assert found.shape == expected.shape
-    assert expected.norm() > 0
-    return float((found - expected).detach().norm() / expected.detach().norm())
+    return perceptron(nn.BatchNorm1d(7), nn.Tanh())
 
 
 def reference_output(maml: MAML, batch: TaskBatch, step_weights: Tensor | None = None) -> MetaOutput:

@@ -11,18 +11,8 @@ from torch import Tensor, nn
 from metaaug_fast.errors import NonFiniteError
 from metaaug_fast.learners.reptile import Reptile
 from metaaug_fast.tasks import TaskBatch
-
-T, S, Q, F, C = 3, 6, 5, 4, 3
-backends = pytest.mark.parametrize("backend", ["fused", "fallback"])
-
-
-def model() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(F, 7), nn.Tanh(), nn.Linear(7, C)).double()
-
-
-def tasks() -> TaskBatch:
-    x, query = torch.randn(T, S, F).double(), torch.randn(T, Q, F).double()
-    return TaskBatch(x, torch.randint(C, (T, S)), query, torch.randint(C, (T, Q)))
+from tests.building import C, F, S, T, backends, tasks
+from tests.building import perceptron as model
 
 
 def weights(module: nn.Module) -> Tensor:

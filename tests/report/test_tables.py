@@ -2,13 +2,12 @@
 
 import random
 import string
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from metaaug_fast.report.tables import markdown, plain
+from tests.building import python
 
 CELLS = ["", "?", "[N, 4]", "[bold]x[/bold]", "[/]", ":smile:", "1,000", "λ", r"\[x]", "a" * 300]
 CELLS.append("no" + ", it is long" * 40)
@@ -82,5 +81,4 @@ def test_a_table_that_does_not_fit_its_head_is_refused(write):
 
 def test_who_prints_no_table_does_not_wait_for_rich():
     code = "import sys, metaaug_fast; print(sorted({'rich', 'metaaug_fast.report.tables'} & set(sys.modules)))"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert shown == "['metaaug_fast.report.tables']\n"
+    assert python(code) == "['metaaug_fast.report.tables']\n"
