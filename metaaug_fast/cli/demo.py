@@ -5,16 +5,13 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 
-from ..engine.losses import task_loss
-from ..engine.norms import normalise
+from ..bench.rivals import RIVALS, Call
+from ..bench.workloads import Workload
 from ..files import try_writing, write_json
 from ..learners.maml import MAML
 from ..report.plots import plot_episode, plot_learning_curve
@@ -92,9 +89,7 @@ def demo(out: str | Path, steps: int = 300, progress: bool = True) -> None:
 
 def compare(learner: MAML, tasks: TaskBatch, rounds: int = 5) -> tuple[float, float]:
     """Meta-gradients a second here and with `torch.func`: medians over rounds in which they take turns."""
-    times: dict[Callable[[], object], list[float]] = {
-        call: [] for call in (lambda: meta_gradient(learner, tasks), vmap_meta_gradient(learner, tasks))
-    }
+    times: dict[Call, list[float]] = {call: [] for call in _meta_gradients(learner, tasks)}
     for call in times:
         call()
     for _ in range(rounds):
@@ -108,55 +103,20 @@ def compare(learner: MAML, tasks: TaskBatch, rounds: int = 5) -> tuple[float, fl
 
 def difference(learner: MAML, tasks: TaskBatch) -> float:
     """Relative difference in float64 between the two meta-gradients of the first two tasks."""
-    learner = copy.deepcopy(learner).double()
-    sets = tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y
-    tasks = TaskBatch(*(each[:2] for each in sets)).to(torch.float64)
-    ours, theirs = meta_gradient(learner, tasks), vmap_meta_gradient(learner, tasks)()
-    apart, size = (
-        torch.cat([part.flatten() for part in parts]).norm()
-        for parts in ([ours[name] - theirs[name] for name in ours], theirs.values())
-    )
-    return float(apart / size)
+    calls = _meta_gradients(copy.deepcopy(learner).double(), tasks[:2].to(torch.float64))
+    ours, theirs = (torch.cat([part.flatten() for part in call()]) for call in calls)
+    return float((ours - theirs).norm() / theirs.norm())
 
 
-def meta_gradient(learner: MAML, tasks: TaskBatch) -> dict[str, Tensor]:
-    """Gradient of the meta-loss with respect to the model's parameters, by name."""
-    names, parameters = zip(*learner.model.named_parameters(), strict=True)
-    return dict(zip(names, torch.autograd.grad(learner(tasks).loss, parameters), strict=True))
-
-
-def vmap_meta_gradient(learner: MAML, tasks: TaskBatch) -> Callable[[], dict[str, Tensor]]:
-    """The meta-gradient as one writes it with `torch.func`; batch norm written out: vmap errs through torch's."""
-    net = copy.deepcopy(learner.model)
-    for path, norm in list(net.named_modules()):
-        if isinstance(norm, nn.BatchNorm2d):
-            net.set_submodule(path, _WrittenOutBatchNorm(norm))
-    weights = {name: value.detach() for name, value in net.named_parameters()}
-
-    def loss(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return task_loss(learner.loss, functional_call(net, p, (x,)), y)
-
-    def one_task(p: dict[str, Tensor], x: Tensor, y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
-        for _ in range(learner.inner_steps):
-            gradient = grad(loss)(p, x, y)
-            p = {name: p[name] - learner.inner_lr * gradient[name] for name in p}
-        return loss(p, query_x, query_y)
-
-    def meta_loss(p: dict[str, Tensor]) -> Tensor:
-        sets = tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y
-        return vmap(one_task, (None, 0, 0, 0, 0))(p, *sets).mean()
-
-    return lambda: grad(meta_loss)(weights)
-
-
-class _WrittenOutBatchNorm(nn.Module):
-    def __init__(self, norm: nn.BatchNorm2d) -> None:
-        super().__init__()
-        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        output, _, _ = normalise(x, (0, 2, 3), self.eps)
-        return output * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+def _meta_gradients(learner: MAML, tasks: TaskBatch) -> tuple[Call, Call]:
+    """The learner's own, and that of second order as the benchmark writes it with `torch.func`."""
+    model, rate = learner.model, learner.inner_lr
+    assert isinstance(rate, (int, float))
+    (count, supports, *sample), queries = tasks.support_x.shape, tasks.query_x.shape[1]
+    net = type(model).__name__
+    workload = Workload("demo", net, tuple(sample), count, supports, queries, learner.inner_steps, rate)
+    parameters = list(model.parameters())
+    return lambda: torch.autograd.grad(learner(tasks).loss, parameters), RIVALS["vmap"].build(workload, model, tasks)
 
 
 def _percent(result: Evaluation) -> str:
