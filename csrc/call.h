@@ -61,6 +61,8 @@ struct Call {
   T* task_losses = nullptr;        // [T]
   T* step_losses = nullptr;        // [T, K]: the query loss after each step
   T* accuracy = nullptr;           // [T]
+  T* losses_by_step = nullptr;     // [T, K + 1]: the query loss after 0, 1, ... K steps; forward only, unweighted
+  T* accuracy_by_step = nullptr;   // [T, K + 1], likewise
   T* predictions = nullptr;        // [T, Q, outputs]
   T* statistics = nullptr;         // [T, 2 sum C]: batch mean and unbiased variance of the last query pass
   T* grad_parameters = nullptr;    // [P], summed over tasks
@@ -76,6 +78,7 @@ struct Call {
     return grad_parameters || grad_initial || grad_rates || grad_support_x || grad_support_y || grad_support_weight ||
            grad_query_x || grad_query_y;
   }
+  bool by_step() const { return losses_by_step || accuracy_by_step; }
 };
 
 // The first task in which NaN or infinity arose, if any, and at which step (or query pass after so many steps).

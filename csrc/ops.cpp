@@ -233,6 +233,8 @@ std::map<std::string, at::Tensor> FusedEngine::run_as(const Settings& settings, 
   output("task_losses", call.task_losses, {tasks});
   output("step_losses", call.step_losses, {tasks, settings.steps});
   output("accuracy", call.accuracy, {tasks});
+  output("losses_by_step", call.losses_by_step, {tasks, int64_t{settings.steps} + 1});
+  output("accuracy_by_step", call.accuracy_by_step, {tasks, int64_t{settings.steps} + 1});
   output("predictions", call.predictions, {tasks, call.query.count, outs});
   output("statistics", call.statistics, {tasks, 2 * channels});
   output("grad_parameters", call.grad_parameters, {flat});
@@ -243,6 +245,13 @@ std::map<std::string, at::Tensor> FusedEngine::run_as(const Settings& settings, 
   like("grad_support_weight", call.grad_support_weight, in.support_weight);
   like("grad_query_x", call.grad_query_x, in.query_x);
   like("grad_query_y", call.grad_query_y, in.query_y);
+  TORCH_CHECK_VALUE(!call.by_step() || !(call.reverse() || call.step_weights || call.prediction_adjoint),
+                    "losses_by_step and accuracy_by_step must be asked for without gradients, step_weights and "
+                    "prediction_adjoint (got ",
+                    call.reverse()      ? "gradients"
+                    : call.step_weights ? "step_weights"
+                                        : "prediction_adjoint",
+                    ")");
 
   std::atomic<bool> interrupted{false};
   NonFinite failure;

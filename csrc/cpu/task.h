@@ -47,8 +47,8 @@ struct Executor<T>::Worker {
     load_start();
     for (int k = 0; k < steps && failure.task < 0; ++k) {
       if (parallel.stopped()) return;
+      if (call.by_step() || (!call.reverse() && call.step_weights && k > 0)) judge(k, nullptr);
       step(k);
-      if (!call.reverse() && call.step_weights && k + 1 < steps) judge(k + 1, nullptr);
     }
     if (failure.task >= 0) return;
     const T* last = theta(steps);
@@ -299,9 +299,9 @@ struct Executor<T>::Worker {
 
   // The query pass after k steps. With `grad`, adds its share of dL/dtheta_k there.
   void judge(int k, T* grad) {
-    const T weight = call.step_weights && k > 0 ? call.step_weights[k - 1] : T(1);
     const bool is_last = k == steps;
-    if (weight == T(0) && !is_last && !call.step_losses) return;
+    const T weight = call.step_weights && k > 0 ? call.step_weights[k - 1] : T(is_last);
+    if (weight == T(0) && !is_last && !call.step_losses && !call.by_step()) return;
     const Network<T>& net = *plan.query;
     const Passes<T> run = passes(net);
     const int behind = call.settings.first_step + k;
@@ -329,7 +329,11 @@ struct Executor<T>::Worker {
       if (!finite(value, k, true, "loss")) return;
       if (call.step_losses && k > 0) call.step_losses[int64_t{task} * steps + k - 1] = value;
       if (call.task_losses) call.task_losses[task] += weight * value;
-      if (is_last && call.accuracy) call.accuracy[task] = accuracy(loss(net), targets(call.query, nullptr), z);
+      const int64_t at = task * (int64_t{steps} + 1) + k;
+      if (call.losses_by_step) call.losses_by_step[at] = value;
+      const auto right = [&] { return accuracy(loss(net), targets(call.query, nullptr), z); };
+      if (is_last && call.accuracy) call.accuracy[task] = right();
+      if (call.accuracy_by_step) call.accuracy_by_step[at] = right();
     }
     if (!grad) return;
     run.backward(query, theta(k), query_pass, net.outer, grad);

@@ -82,6 +82,7 @@ struct Arguments {
   int supports, queries, batch;
   const T *step_weights, *task_weights, *flat_adjoint, *prediction_adjoint;
   T *out_flat, *task_losses, *step_losses, *accuracy, *predictions, *statistics, *grad_initial;
+  T *losses_by_step, *accuracy_by_step;
   T *grad_support_x, *grad_support_y, *grad_support_weight, *grad_query_x, *grad_query_y;
   T* rows_out;       // [tasks, sums]: what is summed over tasks, a row each
   int64_t row_size;  // its elements: of parameters or displacements, then of rates
@@ -96,6 +97,7 @@ struct Arguments {
   volatile int* failed;         // set if there is one
 
   METAAUG_DEVICE int size(int p) const { return offset[p + 1] - offset[p]; }
+  METAAUG_DEVICE bool by_step() const { return losses_by_step || accuracy_by_step; }
 };
 
 inline constexpr unsigned char kPerStep = 1, kPerElement = 2;

@@ -205,6 +205,8 @@ class Executor final : public Engine<T> {
     a.task_losses = call.task_losses;
     a.step_losses = call.step_losses;
     a.accuracy = call.accuracy;
+    a.losses_by_step = call.losses_by_step;
+    a.accuracy_by_step = call.accuracy_by_step;
     a.predictions = call.predictions;
     a.statistics = call.statistics;
     a.grad_initial = call.grad_initial;

@@ -26,8 +26,8 @@ class Task {
   METAAUG_DEVICE void run() {
     start();
     for (int k = 0; k < a.steps; ++k) {
+      if (a.by_step() || (!a.reverse && a.step_weights && k > 0)) judge(k, nullptr);
       step(k);
-      if (!a.reverse && a.step_weights && k + 1 < a.steps) judge(k + 1, nullptr);
     }
     const T* last = theta(a.steps);
     if (a.out_flat) each(a.flat, [&](int i) { a.out_flat[task * a.flat + i] = last[i]; });
@@ -242,9 +242,9 @@ class Task {
 
   // The query pass after k steps. With `grad`, adds its share of dL/dtheta_k there.
   METAAUG_DEVICE METAAUG_NOINLINE void judge(int k, T* grad) {
-    const T weight = a.step_weights && k > 0 ? a.step_weights[k - 1] : T(1);
-    const bool is_last = k == a.steps;
-    if (weight == T(0) && !is_last && !a.step_losses) return;
+    const bool is_last = k == a.steps, wants_accuracy = a.accuracy_by_step || (is_last && a.accuracy);
+    const T weight = a.step_weights && k > 0 ? a.step_weights[k - 1] : T(is_last);
+    if (weight == T(0) && !is_last && !a.step_losses && !a.by_step()) return;
     const Program& net = a.query;
     const Passes<T> run = passes(net);
     const int behind = a.first_step + k;
@@ -270,15 +270,18 @@ class Task {
       each(net.images, [&](int n) {
         const int64_t at = n * outputs;
         total += plan.value(y, n, z + at, scale, probabilities(net, f) + at, dz ? dz + at : nullptr, dy);
-        if (is_last && a.accuracy) right += T(plan.right(y, n, z + at));
+        if (wants_accuracy) right += T(plan.right(y, n, z + at));
       });
       total = sum_all(total, sums);
-      if (is_last && a.accuracy) right = sum_all(right, sums + warps());
+      if (wants_accuracy) right = sum_all(right, sums + warps());
       check(total, Failure::kQueryLoss, k);
       if (thread() == 0) {
         if (a.step_losses && k > 0) a.step_losses[int64_t{task} * a.steps + k - 1] = total;
         if (a.task_losses) a.task_losses[task] += weight * total;
         if (is_last && a.accuracy) a.accuracy[task] = right / T(net.images);
+        const int64_t at = task * (int64_t{a.steps} + 1) + k;
+        if (a.losses_by_step) a.losses_by_step[at] = total;
+        if (a.accuracy_by_step) a.accuracy_by_step[at] = right / T(net.images);
       }
     }
     if (!grad) return;

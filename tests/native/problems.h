@@ -225,6 +225,7 @@ struct Problem {
   std::vector<Rate<double>> rates;  // data is not used
   std::vector<char> moves, wanted;
   bool adapt_only = false;  // theta_K and an adjoint of it, instead of a query
+  bool by_step = false;     // judged before every step too, and not weighted by steps
 
   bool has(const std::string& name) const { return inputs.count(name) > 0; }
   int64_t rate_size(int p) const {
@@ -356,6 +357,9 @@ Values<T> run(const Problem& p, cpu::Engine<T>& engine, int workers = 1, bool re
     call.predictions = asked("predictions", p.tasks * p.queries * p.graph.values[p.graph.output].size());
     if (call.step_weights) call.step_losses = asked("step_losses", int64_t{p.tasks} * s.steps);
     if (!p.query_ids.empty()) call.accuracy = asked("accuracy", p.tasks);
+    const int64_t judged = p.tasks * (int64_t{s.steps} + 1);
+    if (p.by_step) call.losses_by_step = asked("losses_by_step", judged);
+    if (p.by_step && call.accuracy) call.accuracy_by_step = asked("accuracy_by_step", judged);
   }
   if (reverse) {
     if (call.initial)
@@ -429,6 +433,23 @@ bool same_bits(const Values<T>& a, const Values<T>& b) {
   for (const auto& [name, values] : a)
     if (std::memcmp(values.data(), b.at(name).data(), values.size() * sizeof(T)) != 0) return false;
   return true;
+}
+
+// Of what is judged by step, the last is what is judged at the end.
+void check_last(const Problem& p, const Values<double>& found) {
+  for (const auto& [name, last] :
+       {std::pair("losses_by_step", "task_losses"), std::pair("accuracy_by_step", "accuracy")})
+    for (int task = 0; found.count(name) && task < p.tasks; ++task) {
+      const double judged = found.at(name)[task * (p.settings.steps + 1) + p.settings.steps];
+      CHECK(judged == found.at(last)[task], "%s of task %d: %g", name, task, judged);
+    }
+}
+
+// A problem to be judged by step, if it has a query.
+Problem by_step(Problem p) {
+  p.by_step = !p.adapt_only;
+  p.inputs.erase("step_weights");
+  return p;
 }
 
 // The numbers of a problem as float has them.

@@ -152,12 +152,17 @@ void check_everything(const Problem& p) {
   const Problem single = rounded(p);
   const Values<double> expected = run(p, *cpu::make_engine<double>(p.graph));
   const Values<double> exact = run(single, *cpu::make_engine<double>(p.graph));
+  const Problem stepwise = by_step(p);
+  const Values<double> judged = run(stepwise, *cpu::make_engine<double>(p.graph), 1, false);
   for (const char* shared : {"1024", "200000"}) {  // by teams of blocks in the workspace, or by one in shared memory
     setenv("METAAUG_SHARED_BYTES", shared, 1);
     Emulated<double> engine(p.graph);
     const Values<double> found = run(p, engine);
     CHECK_CLOSE(found, expected, 1e-9);
     CHECK(same_bits(run(p, engine), found), "other bits with another order of threads");
+    const Values<double> judged_here = run(stepwise, engine, 1, false);
+    check_last(stepwise, judged_here);
+    CHECK_CLOSE(judged_here, judged, 1e-9);
     Emulated<float> in_single(p.graph);
     CHECK_CLOSE(run(single, in_single), exact, 5e-3);
   }
@@ -173,6 +178,9 @@ void check_failure(Problem p) {
   NonFinite failure;
   run(p, engine, 1, true, &failure);
   CHECK(failure.task == p.tasks - 1 && failure.query, "task %d, step %d: %s", failure.task, failure.step, failure.what);
+  run(by_step(p), engine, 1, false, &failure);
+  CHECK(failure.task == p.tasks - 1 && failure.query && failure.step == 0, "task %d, step %d: %s", failure.task,
+        failure.step, failure.what);
   x = good;
   CHECK(same_bits(run(p, engine), expected), "a failed call has left something behind");
 }

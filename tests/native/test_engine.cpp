@@ -50,6 +50,11 @@ void check_everything(const Problem& p) {
   CHECK_CLOSE(run(p, *baseline::make_double(p.graph)), expected, 1e-9);
   CHECK_CLOSE(run(p, *avx512::make_double(p.graph)), expected, 1e-9);
   check_differences(p, *engine);
+  const Problem stepwise = by_step(p);
+  const Values<double> judged = run(stepwise, *engine, 1, false);
+  check_last(stepwise, judged);
+  CHECK(same_bits(run(stepwise, *engine, 3, false), judged), "three threads differ from one by step");
+  CHECK_CLOSE(run(stepwise, *baseline::make_double(p.graph), 1, false), judged, 1e-9);
 
   const Problem single = rounded(p);
   const Values<double> exact = run(single, *engine);
@@ -72,6 +77,9 @@ void check_failure(Problem p) {
   NonFinite failure;
   run(p, *engine, 2, true, &failure);
   CHECK(failure.task == p.tasks - 1 && failure.query, "task %d, step %d: %s", failure.task, failure.step, failure.what);
+  run(by_step(p), *engine, 1, false, &failure);
+  CHECK(failure.task == p.tasks - 1 && failure.query && failure.step == 0, "task %d, step %d: %s", failure.task,
+        failure.step, failure.what);
   x = good;
   CHECK(same_bits(run(p, *engine), expected), "a failed call has left something behind");
 }
