@@ -51,6 +51,10 @@ class Executor(Protocol):
         """Adapt, and judge the result on the query set: a whole meta-step."""
         ...
 
+    def judge_steps(self, problem: InnerProblem, support: Support, query: Query) -> list[MetaOutput]:
+        """theta_0 .. theta_K judged on the query set, K + 1 of them, without gradient; no running statistics move."""
+        ...
+
 
 def choose_executor(problem: InnerProblem, sample_shape: tuple[int, ...], backend: str = "auto") -> Executor:
     """The executor for a problem on samples of a shape, made once for each model, shape and mode.

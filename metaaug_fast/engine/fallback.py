@@ -18,6 +18,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -95,6 +96,31 @@ class FallbackExecutor:
             judged = dict(enumerate(self._trajectory(problem, support)[1:], start=1))
         return self._judge(problem, query, judged)
 
+    @torch.no_grad()
+    def judge_steps(self, problem: InnerProblem, support: Support, query: Query) -> list[MetaOutput]:
+        """theta_0 .. theta_K on the query set, of which one at a time is kept; no running statistics move.
+
+        Raises:
+            NonFiniteError: a task's support or query loss, or its adapted weights, are not finite.
+        """
+        start = _start(problem, support)
+        rates = _rates(problem) if problem.steps else start  # which no step reads
+        chunks = [self._chunks(problem, x) for x in (support.x, query.x)]
+        judged = []
+        for chunk in min(chunks, key=lambda each: each[0].stop):
+            first, x, y = chunk.start, query.x[chunk], query.y[chunk]
+            descent = self._descend(problem, _take(support, chunk), start[chunk], rates, first)
+            weights = chain([start[chunk]], (theta for theta, _ in descent))
+            judged.append([self._judged(problem, theta, x, y, step, first) for step, theta in enumerate(weights)])
+        return [_over_tasks(step) for step in zip(*judged, strict=True)]
+
+    def _judged(
+        self, problem: InnerProblem, theta: Tensor, x: Tensor, y: Tensor, step: int, first: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Query losses after `step` steps, and accuracies, of a chunk of tasks that starts at `first`."""
+        prediction = self._predictions(problem, theta, x, step, first)
+        return self._query_losses(problem, prediction, y, step, first), _accuracy(problem, prediction, y)
+
     def _judge(self, problem: InnerProblem, query: Query, judged: dict[int, Tensor]) -> MetaOutput:
         """Query losses of the weights after each of some steps, weighted and together."""
         last, weights = problem.steps, query.step_weights
@@ -104,13 +130,11 @@ class FallbackExecutor:
         for step, theta in judged.items():
             collected = statistics if learns and step == last else None
             prediction = _Predict.apply(self, problem, step, collected, theta, query.x)
-            losses.append(self._query_losses(problem, prediction, query.y))
-            _check_finite(losses[-1], 0, f"query after step {step}")
+            losses.append(self._query_losses(problem, prediction, query.y, step))
         task_losses = losses[0] if weights is None else weights @ torch.stack(losses)
         if learns:
             update_running(problem.model, _over_chunks(statistics))
-        classes = problem.loss == "cross_entropy" and not query.y.is_floating_point()
-        return MetaOutput(task_losses.mean(), task_losses, accuracy(prediction.detach(), query.y) if classes else None)
+        return MetaOutput(task_losses.mean(), task_losses, _accuracy(problem, prediction.detach(), query.y))
 
     def _trajectory(self, problem: InnerProblem, support: Support) -> tuple[Tensor, ...]:
         """theta_0 .. theta_K, each `[T, P]`, in the autograd graph."""
@@ -153,8 +177,9 @@ class FallbackExecutor:
                 deviation = (square / (1 - decay[1] ** (step + 1))).sqrt() + problem.eps
                 direction = moment / (1 - decay[0] ** (step + 1)) / deviation
             theta = theta - _at_step(rates, step) * direction
+            if step == problem.steps - 1:
+                _check_finite(theta, first, f"step {step}", "an adapted weight")
             yield theta, direction
-        _check_finite(theta, first, f"step {problem.steps - 1}", "an adapted weight")
 
     def _gradient(
         self, problem: InnerProblem, support: Support, theta: Tensor, step: int, first: int
@@ -197,11 +222,15 @@ class FallbackExecutor:
 
         return self._map(one, theta, x, y, weight, _tasks(first, x))[0]
 
-    def _query_losses(self, problem: InnerProblem, prediction: Tensor, y: Tensor) -> Tensor:
+    def _query_losses(self, problem: InnerProblem, prediction: Tensor, y: Tensor, step: int, first: int = 0) -> Tensor:
+        """Query loss after `step` steps of each task of a chunk that starts at `first`, `[t]`."""
+
         def one(prediction: Tensor, y: Tensor) -> tuple[Tensor, ...]:
             return (_scalar(task_loss(problem.loss, prediction, y, None, problem.label_smoothing)),)
 
-        return self._map(one, prediction, y)[0]
+        losses = self._map(one, prediction, y)[0]
+        _check_finite(losses, first, f"query after step {step}")
+        return losses
 
     def _predictions(
         self,
@@ -493,6 +522,19 @@ def _over_chunks(statistics: list[list[BatchStatistics]]) -> list[BatchStatistic
         replace(each[0], mean=torch.cat([one.mean for one in each]), variance=torch.cat([one.variance for one in each]))
         for each in zip(*statistics, strict=True)
     ]
+
+
+def _over_tasks(judged: Sequence[tuple[Tensor, Tensor | None]]) -> MetaOutput:
+    """Query losses and accuracies of chunks of tasks, joined along the tasks."""
+    losses = torch.cat([each for each, _ in judged])
+    accuracies = [each for _, each in judged if each is not None]
+    return MetaOutput(losses.mean(), losses, torch.cat(accuracies) if accuracies else None)
+
+
+def _accuracy(problem: InnerProblem, prediction: Tensor, y: Tensor) -> Tensor | None:
+    """Accuracy of each task, for class ids."""
+    classes = problem.loss == "cross_entropy" and not y.is_floating_point()
+    return accuracy(prediction, y) if classes else None
 
 
 def _check_finite(values: Tensor, first: int, place: str, what: str = "loss") -> None:

@@ -85,6 +85,16 @@ class FusedExecutor:
             call = _Call(self, problem, support.rows)
             return MetaOutput(*_MetaLoss.apply(call, call.judgements(query), *call.tensors(support, query)))
 
+    @torch.no_grad()
+    def judge_steps(self, problem: InnerProblem, support: Support, query: Query) -> list[MetaOutput]:
+        """theta_0 .. theta_K on the query set, in one call that takes K steps; no running statistics move."""
+        call = _Call(self, problem, support.rows)
+        outputs = ["losses_by_step", "accuracy_by_step"] if call.has_classes(query) else ["losses_by_step"]
+        found = call.run(call.tensors(support, query), outputs)
+        losses, accuracies = found["losses_by_step"], found.get("accuracy_by_step")
+        shares = [None] * losses.shape[1] if accuracies is None else accuracies.unbind(1)
+        return [MetaOutput(*each) for each in zip(losses.mean(0).unbind(), losses.unbind(1), shares, strict=True)]
+
     def engine(self, problem: InnerProblem) -> _C.FusedEngine:
         """The engine for the problem's parameters, of which some may have a row for each step."""
         rows = tuple((name, len(problem.parameters[name])) for name in sorted(problem.per_step))
@@ -171,10 +181,13 @@ class _Call:
             setattr(inputs, name, value)
         return self.executor.engine(self.problem).run(self.settings, inputs, outputs)
 
+    def has_classes(self, query: Query) -> bool:
+        """Whether the query set has class ids, which make an accuracy."""
+        return self.problem.loss == "cross_entropy" and query.y.dtype == torch.int64
+
     def judgements(self, query: Query) -> list[str]:
         """Names of the engine's outputs that tell how the query set is done."""
-        classes = self.problem.loss == "cross_entropy" and query.y.dtype == torch.int64
-        return ["loss", "task_losses", "accuracy"] if classes else ["loss", "task_losses"]
+        return ["loss", "task_losses", "accuracy"] if self.has_classes(query) else ["loss", "task_losses"]
 
     def gradients(self, tensors: Sequence[Any], needs: Sequence[bool]) -> list[str]:
         """Names of the engine's outputs that hold the gradients asked for."""

@@ -132,6 +132,32 @@ def meta_loss(problem: InnerProblem, support: Support, query: Query, backend: st
     return executor.meta_loss(problem, support, _checked_query(problem, support, query, executor))
 
 
+def judge_steps(problem: InnerProblem, support: Support, query: Query, backend: str = "auto") -> list[MetaOutput]:
+    """Check both sets, adapt every task to its support set once, and judge it on its query set after 0, 1, ... K steps.
+
+    Entry k of the K + 1 is what `meta_loss` gives for `with_steps(problem, k)` and the first k of the support set's
+    `rows`, to rounding, but without gradient; dropout drops the same in all of them. Running statistics never move, not
+    even in training mode under `batch_norm="running"`, where `meta_loss` moves them.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together, or the query set weighs the steps.
+        NonFiniteError: NaN or infinity arose; the message names task and step.
+
+    >>> import torch, metaaug_fast as mf
+    >>> from metaaug_fast.engine.problem import inner_problem
+    >>> model, x, y = mf.models.mlp([1, 8, 1]), torch.randn(2, 4, 5, 1), torch.randn(2, 4, 5, 1)
+    >>> problem = inner_problem(model, lr=0.01, steps=3, loss="mse")
+    >>> [out.task_losses.shape for out in judge_steps(problem, Support(x[0], y[0]), Query(x[1], y[1]))]
+    [torch.Size([4]), torch.Size([4]), torch.Size([4]), torch.Size([4])]
+    """
+    if query.step_weights is not None:
+        got = type(query.step_weights).__name__
+        raise ValueError(f"step_weights must be None where every step is judged by itself (got a {got})")
+    executor, problem = _prepare(problem, support, backend)
+    support = _checked(problem, support, executor)
+    return executor.judge_steps(problem, support, _checked_query(problem, support, query, executor))
+
+
 def _checked(problem: InnerProblem, support: Support, executor: Executor) -> Support:
     """The support set, with its rows where the samples are: those on the CPU are checked without waiting for a GPU."""
     check_support(problem, support, executor.output_shape)

@@ -9,6 +9,7 @@ Slow, and its memory grows with the steps. Run it in float64 to check anything e
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..tasks import MetaOutput
 from .losses import accuracy, task_loss
 from .norms import BatchStatistics, forward
-from .problem import InnerProblem, Query, Support
+from .problem import InnerProblem, Query, Support, with_steps
 
 
 def pack(parameters: Mapping[str, Tensor]) -> Tensor:
@@ -69,6 +70,24 @@ def meta_loss(problem: InnerProblem, support: Support, query: Query) -> MetaOutp
     classes = problem.loss == "cross_entropy" and not query.y.is_floating_point()
     accuracies = accuracy(torch.stack(predictions), query.y) if classes else None
     return MetaOutput(task_losses.mean(), task_losses, accuracies)
+
+
+@torch.no_grad()
+def judge_steps(problem: InnerProblem, support: Support, query: Query) -> list[MetaOutput]:
+    """What `meta_loss` gives after 0, 1, ... K steps, each from a start of its own; without gradient.
+
+    >>> from metaaug_fast.engine.problem import inner_problem
+    >>> model, x = torch.nn.Linear(1, 1, bias=False), torch.ones(1, 1, 1)
+    >>> _ = torch.nn.init.zeros_(model.weight)
+    >>> problem = inner_problem(model, lr=0.25, steps=2, loss="mse")
+    >>> [float(out.loss) for out in judge_steps(problem, Support(x, x), Query(x, x))]  # at the weights 0, 1/2, 3/4
+    [1.0, 0.25, 0.0625]
+    """
+    judged = []
+    for steps in range(problem.steps + 1):
+        seen = support if support.rows is None else replace(support, rows=support.rows[:, :steps])
+        judged.append(meta_loss(with_steps(problem, steps), seen, query))
+    return judged
 
 
 def running_statistics(problem: InnerProblem, support: Support, query: Query) -> list[BatchStatistics]:

@@ -128,6 +128,20 @@ def assert_exact(problem: InnerProblem, support: Support, query: Query) -> None:
     assert all(torch.equal(value, state[name]) for name, value in problem.model.state_dict().items())
 
 
+def assert_exact_by_step(problem: InnerProblem, support: Support, query: Query) -> None:
+    """Losses and accuracies before and after every step are the reference's, without gradient; no state moves."""
+    state = copy.deepcopy(problem.model.state_dict())
+    got, expected = (each.judge_steps(problem, support, query) for each in (executor_of(problem, support), reference))
+    assert len(got) == problem.steps + 1
+    for found, wanted in zip(got, expected, strict=True):
+        assert not found.task_losses.requires_grad
+        torch.testing.assert_close(found.task_losses, wanted.task_losses, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(found.loss, found.task_losses.mean())
+        assert (found.accuracy is None) == (wanted.accuracy is None)
+        assert found.accuracy is None or torch.equal(found.accuracy, wanted.accuracy)
+    assert all(torch.equal(value, state[name]) for name, value in problem.model.state_dict().items())
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     "options",
@@ -276,6 +290,89 @@ def test_adapt_mean_and_adam(options):
     torch.testing.assert_close(judged, reference.meta_loss(problem, support, query).task_losses, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": 0},
+        {"steps": 3, "momentum": 0.8, "weight_decay": 0.1, "task_chunk": 2},
+        {"steps": 2, "optimizer": "adam"},
+        {"steps": 2, "optimizer": "adam", "betas": (0.9, 0.99), "weight_decay": 0.1},
+    ],
+    ids=str,
+)
+def test_every_model_by_step(name, options):
+    make, shape = MODELS[name]
+    lr = 0.3 * rand(options["steps"])  # of each step
+    problem, (support, query) = inner_problem(make().double(), lr, seed=5, **options), sets(shape)
+    assert_exact_by_step(problem, support, query)
+    rows = torch.randint(5, (TASKS, problem.steps, 4))
+    assert_exact_by_step(problem, replace(support, rows=rows), query)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse", "bce", "callable"])
+def test_every_loss_by_step(loss):
+    support, query = sets((4,))
+    query = replace(query, y=rand(TASKS, 4, CLASSES).softmax(-1))
+    own = loss == "callable"
+    problem = inner_problem(perceptron().double(), 0.3, 2, loss=F.huber_loss if own else loss, label_smoothing=0.1)
+    initial = randn(TASKS, len(reference.pack(problem.parameters)))
+    support = replace(support, initial=initial, sample_weight=None if own else support.sample_weight)
+    assert_exact_by_step(problem, support, query)
+
+
+@pytest.mark.parametrize("policy", ["batch", "per_step", "running", "frozen"])
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_policies_by_step(policy, training):
+    """In training, statistics of the batch are used and not learnt."""
+    model = convolutional().double().train(training)
+    model[1].running_mean.normal_()
+    model[1].running_var.uniform_(0.5, 2)
+    rows = {"1.weight": randn(2, 4), "1.bias": randn(2, 4)} if policy == "per_step" else None
+    problem = inner_problem(model, 0.3, 3, batch_norm=policy, parameters=rows, task_chunk=2)
+    assert_exact_by_step(problem, *sets((2, 6, 6)))
+
+
+def test_one_step_at_a_time_is_kept_by_step(monkeypatch):
+    support, query = sets((4,))
+    problem = inner_problem(perceptron().double(), 0.3, 6, momentum=0.5)
+    executor = executor_of(problem, support)
+    seen: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    kept, predictions = [], executor._predictions
+
+    def spy(problem: InnerProblem, theta: Tensor, *rest: object) -> Tensor:
+        seen.add(theta)
+        kept.append(len(seen))
+        return predictions(problem, theta, *rest)
+
+    monkeypatch.setattr(executor, "_predictions", spy)
+    executor.judge_steps(problem, support, query)
+    assert len(kept) == 7
+    assert max(kept) <= 2
+
+
+@pytest.mark.parametrize("larger", ["support", "query"])
+def test_chunks_by_step_follow_the_larger_set(larger, monkeypatch):
+    support, query = sets((4,), tasks=20)
+    support = replace(support, sample_weight=None)
+    if larger == "query":
+        support, query = Support(query.x, query.y), Query(support.x, support.y)
+    problem = inner_problem(perceptron().double(), 0.3, 2)
+    executor = executor_of(problem, support)
+    monkeypatch.setattr(
+        fallback, "GRAPH_BYTES", 8 * executor._bytes(problem, support.x if larger == "support" else query.x)
+    )
+    sizes, predictions = [], executor._predictions
+
+    def spy(problem: InnerProblem, theta: Tensor, *rest: object) -> Tensor:
+        sizes.append(len(theta))
+        return predictions(problem, theta, *rest)
+
+    monkeypatch.setattr(executor, "_predictions", spy)
+    executor.judge_steps(problem, support, query)
+    assert sizes == [8] * 3 + [8] * 3 + [4] * 3
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 5, 100])
 def test_chunks_change_nothing_but_rounding(chunk):
     support, query = sets((2, 6, 6), tasks=5)
@@ -347,6 +444,9 @@ def test_it_adapts_where_torch_records_nothing(mode):
         rows = torch.arange(5).expand(TASKS, 2, 5) + 0
         chosen = executor.adapt(problem, Support(support.x + 0, support.y + 0, weight, rows))
         executor.predict(problem, chosen, query.x + 0)
+        judged = executor.judge_steps(problem, support, Query(query.x + 0, query.y + 0))[-1]
+        again = executor.meta_loss(problem, support, replace(query, step_weights=None))
+    torch.testing.assert_close(judged.task_losses, again.task_losses, rtol=1e-11, atol=1e-11)
     assert executor._bytes(problem, support.x) == measured
     assert not got.loss.requires_grad
     torch.testing.assert_close(got.task_losses, expected.task_losses.detach(), rtol=1e-11, atol=1e-11)
@@ -385,8 +485,9 @@ def test_what_vmap_refuses_runs_task_by_task_after_one_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         executor.meta_loss(problem, support, query)
-    with pytest.warns(FallbackWarning):
-        assert_exact(problem, support, query)
+    for exact in (assert_exact, assert_exact_by_step):
+        with pytest.warns(FallbackWarning):
+            exact(problem, support, query)
 
 
 @pytest.mark.filterwarnings("ignore::metaaug_fast.errors.FallbackWarning", "ignore:There is a performance drop")
@@ -453,6 +554,30 @@ def test_what_is_not_finite_is_named_by_task_and_step(chunk):
     bad[1, 3, 2] = torch.inf
     with pytest.raises(NonFiniteError, match=r"^task 1, query after step 3: loss is nan$"):
         executor.meta_loss(problem, support, replace(query, x=bad))
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_what_is_not_finite_by_step_is_named_by_task_and_step(chunk):
+    """Weights that leap in the second step are too much for a query of the last task, which all others bear."""
+    support, query = sets((4,))
+    problem = inner_problem(nn.Linear(4, CLASSES).double(), [0.1, 1e185, 0.0], 3, task_chunk=chunk)
+    executor = executor_of(problem, support)
+    bad = query.x.detach().clone()
+    bad[2] *= 1e185
+    with pytest.raises(NonFiniteError, match=r"^task 2, query after step 2: loss is (nan|inf)$"):
+        executor.judge_steps(problem, support, replace(query, x=bad))
+    bad[1, 3, 2] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"^task 1, query after step 0: loss is nan$"):
+        executor.judge_steps(problem, support, replace(query, x=bad))
+    worse = support.x.detach().clone()
+    worse[0, 0, 0] = torch.nan
+    rows = torch.arange(1, 4).repeat(TASKS, 3, 1)
+    rows[0, 2, 1] = 0
+    with pytest.raises(NonFiniteError, match=r"^task 0, step 2: loss is nan$"):
+        executor.judge_steps(problem, replace(support, x=worse, rows=rows), query)
+    far = inner_problem(problem.model, [0.1, 0.1, torch.finfo(torch.float64).max], 3, weight_decay=1e9)
+    with pytest.raises(NonFiniteError, match=r"^task 0, step 2: an adapted weight is -?inf$"):
+        executor.judge_steps(far, support, query)
 
 
 def test_probing_disturbs_nothing():

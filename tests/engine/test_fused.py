@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import random
+import re
 import sys
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 
 import metaaug_fast as mf
 from metaaug_fast import _C
-from metaaug_fast.engine import reference
+from metaaug_fast.engine import fused, reference
 from metaaug_fast.engine.executor import choose_executor
 from metaaug_fast.engine.fused import FusedExecutor
 from metaaug_fast.engine.norms import update_running
-from metaaug_fast.engine.problem import InnerProblem, Query, Support, inner_problem
+from metaaug_fast.engine.problem import InnerProblem, Query, Support, inner_problem, with_steps
 from metaaug_fast.errors import NonFiniteError, NotFusedError
 from tests.building import python, sets
 from tests.exactness import RATE_FORMS, assert_close, gradients, learned_rates, leaves, predictions, rand, randn
@@ -289,6 +290,29 @@ def test_a_loss_of_ones_own_on_predictions_of_adapted_weights(case):
             for output, weights in ((got, got_flat), (expected, flat))
         )
         assert_close(found, wanted)
+
+
+def assert_exact_by_step(problem: InnerProblem, support: Support, query: Query) -> None:
+    """Losses and accuracies before and after every step, without gradient and without a trace in the model."""
+    state = copy.deepcopy(problem.model.state_dict())
+    got, expected = (each.judge_steps(problem, support, query) for each in (executor_of(problem, support.x), reference))
+    assert len(got) == problem.steps + 1
+    for steps, (found, wanted) in enumerate(zip(got, expected, strict=True)):
+        assert not found.task_losses.requires_grad
+        torch.testing.assert_close(found.task_losses, wanted.task_losses, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(found.loss, found.task_losses.mean())
+        assert (found.accuracy is None) == (wanted.accuracy is None)
+        if found.accuracy is not None and not torch.equal(found.accuracy, wanted.accuracy):
+            seen = support if support.rows is None else replace(support, rows=support.rows[:, :steps])
+            ties = share_of_ties(with_steps(problem, steps), seen, query)
+            assert ((found.accuracy - wanted.accuracy).abs() <= ties).all()
+    assert all(torch.equal(value, state[name]) for name, value in problem.model.state_dict().items())
+
+
+@pytest.mark.parametrize("case", range(48))
+def test_random_networks_by_step(case):
+    problem, support, query = random_problem(case)
+    assert_exact_by_step(problem, support, replace(query, step_weights=None))
 
 
 @pytest.mark.parametrize("first_order", [False, True])
@@ -693,6 +717,85 @@ def test_the_same_bits_with_a_query_and_without():
     assert torch.equal(executor.adapt_mean(problem, support)[0], executor.adapt_mean(problem, support, query)[0])
 
 
+@pytest.mark.parametrize("optimizer", [{"optimizer": "adam"}, {"optimizer": "adam", "betas": (0.9, 0.99)}, {}])
+def test_by_step_with_adam_and_without(optimizer):
+    lr = 0.1 * rand(4)  # of each step
+    problem = inner_problem(convolutional(), lr, 4, weight_decay=0.1, **optimizer)
+    assert_exact_by_step(problem, *conv_sets(tasks=5))
+
+
+@pytest.mark.parametrize(("tasks", "queries", "steps"), [(1, 1, 0), (130, 3, 1), (2, 4, 20)])
+def test_by_step_at_the_edge(tasks, queries, steps):
+    support, query = perceptron_sets(tasks)[0], perceptron_sets(tasks, queries)[1]
+    assert_exact_by_step(inner_problem(mlp(), torch.full((steps,), 0.1), steps, momentum=0.3), support, query)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_per_step_affines_by_step(rows):
+    affine = {f"1.{name}": randn(rows, 10) for name in ("weight", "bias")}
+    problem = inner_problem(mlp(batch_norm=True), 0.1, 3, batch_norm="per_step", parameters=affine)
+    assert_exact_by_step(problem, *perceptron_sets())
+
+
+def test_dropout_and_running_statistics_by_step():
+    """A query pass drops by its own count of steps; statistics of the batch are used and not learnt."""
+    model = mlp(batch_norm=True).train()
+    model.insert(3, nn.Dropout(0.4))
+    problem = inner_problem(model, 0.1, 3, batch_norm="running", seed=7)
+    support, query = perceptron_sets()
+    assert_exact_by_step(problem, support, query)
+    assert_exact_by_step(problem, replace(support, rows=torch.randint(6, (3, 3, 4))), query)
+
+
+@pytest.mark.parametrize("kind", ["perceptron", "convolutional", "filtered"])
+def test_single_precision_by_step(kind):
+    model = {"perceptron": mlp, "convolutional": convolutional, "filtered": filtered}[kind]()
+    sets = perceptron_sets() if kind == "perceptron" else conv_sets()
+    single = cast(torch.float32, inner_problem(model, 0.1, 3, momentum=0.5), *sets)
+    got, expected = (
+        {f"after {k}": out.task_losses.double() for k, out in enumerate(executor.judge_steps(*call))}
+        for call in (single, cast(torch.float64, *single))
+        for executor in [executor_of(call[0], call[1].x)]
+    )
+    assert_close(got, expected, 800 * torch.finfo(torch.float32).eps)
+
+
+def test_one_call_without_gradients_judges_by_step(asked_for):
+    support, query = conv_sets()
+    executor = executor_of(problem := inner_problem(convolutional(), 0.3, 3), support.x)
+    executor.judge_steps(problem, support, query)
+    executor.judge_steps(problem, support, replace(query, y=randn(3, 4, 3).softmax(-1)))
+    assert asked_for == [["losses_by_step", "accuracy_by_step"], ["losses_by_step"]]
+
+
+def test_what_is_judged_by_step_ends_with_what_is_judged_at_the_end():
+    support, query = conv_sets(tasks=5)
+    call = fused._Call(executor_of(problem := inner_problem(convolutional(), 0.3, 3), support.x), problem)
+    at_the_end = ["loss", "task_losses", "accuracy", "predictions", "mean_displacement"]
+    alone = call.run(call.tensors(support, query), at_the_end)
+    for names in (["losses_by_step"], ["accuracy_by_step"], ["losses_by_step", "accuracy_by_step"]):
+        beside = call.run(call.tensors(support, query), at_the_end + names)
+        assert all(torch.equal(value, beside[name]) for name, value in alone.items())
+        for name, last in (("losses_by_step", "task_losses"), ("accuracy_by_step", "accuracy")):
+            assert name not in beside or torch.equal(beside[name][:, -1], alone[last])
+
+
+@pytest.mark.parametrize("wanted", ["losses_by_step", "accuracy_by_step"])
+@pytest.mark.parametrize("beside", ["gradients", "step_weights", "prediction_adjoint"])
+def test_nothing_goes_back_beside_what_is_judged_by_step(wanted, beside):
+    support, query = conv_sets()
+    call = fused._Call(executor_of(problem := inner_problem(convolutional(), 0.3, 3), support.x), problem)
+    weighted = replace(query, step_weights=rand(3)) if beside == "step_weights" else query
+    outputs = [wanted, "grad_support_x"] if beside == "gradients" else [wanted]
+    adjoint = randn(3, 4, 3) if beside == "prediction_adjoint" else None
+    message = (
+        "losses_by_step and accuracy_by_step must be asked for without gradients, step_weights and "
+        f"prediction_adjoint (got {beside})"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        call.run(call.tensors(support, weighted), outputs, prediction_adjoint=adjoint)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 4])
 def test_per_step_affines(rows):
     """A row for each support pass; queries read the row of the step before; beyond the last row, that one."""
@@ -769,6 +872,31 @@ def test_what_is_not_finite_is_named_by_task_and_step(dtype):
     with pytest.raises(NonFiniteError, match=r"^task 0, step 2: .*weight"):
         executor.adapt_mean(far, support)
     assert torch.equal(executor.meta_loss(problem, support, query).task_losses, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_not_finite_by_step_is_named_by_task_and_step(dtype):
+    """Weights that leap in the second step are too much for a query of the last task, which all others bear."""
+    large = torch.finfo(dtype).max ** 0.6
+    problem = inner_problem(nn.Sequential(nn.Linear(4, 2)).double(), [0.1, large, 0.0], 3)
+    problem, support, query = cast(dtype, problem, *perceptron_sets())
+    executor = executor_of(problem, support.x)
+    before = executor.judge_steps(problem, support, query)
+    bad = query.x.detach().clone()
+    bad[2] *= large
+    with pytest.raises(NonFiniteError, match=r"^task 2, query after step 2: loss is (nan|inf)$"):
+        executor.judge_steps(problem, support, replace(query, x=bad))
+    bad[1, 3, 2] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"^task 1, query after step 0: loss is nan$"):
+        executor.judge_steps(problem, support, replace(query, x=bad))
+    worse = support.x.detach().clone()
+    worse[1, 0, 0] = torch.nan
+    rows = torch.arange(1, 4).repeat(3, 3, 1)
+    rows[1, 2, 1] = 0
+    with pytest.raises(NonFiniteError, match=r"^task 1, step 2: loss is nan$"):
+        executor.judge_steps(problem, replace(support, x=worse, rows=rows), query)
+    for one, other in zip(executor.judge_steps(problem, support, query), before, strict=True):
+        assert torch.equal(one.task_losses, other.task_losses)
 
 
 # --- the instruction sets -------------------------------------------------------------------------------------------

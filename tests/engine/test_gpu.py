@@ -72,6 +72,16 @@ def test_random_networks(case, shared_bytes):
         assert_close({name: value.cpu() for name, value in found.items()}, wanted)
 
 
+@pytest.mark.parametrize("case", range(CASES))
+def test_random_networks_by_step(case, shared_bytes):
+    problem, support, query = random_problem(case)
+    on_cpu = problem, support, replace(query, step_weights=None)
+    moved = on_gpu(*on_cpu)
+    got = executor_of(moved[0], moved[1].x).judge_steps(*moved)
+    for found, wanted in zip(got, reference.judge_steps(*on_cpu), strict=True):
+        torch.testing.assert_close(found.task_losses.cpu(), wanted.task_losses, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("tasks", [1, 7, 300])
 def test_tiles_of_large_pictures(tasks):
     """Conv4 with many channels, whose tasks do not fit in shared memory, by teams or one block each."""

@@ -6,6 +6,7 @@ import io
 import itertools
 import warnings
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from metaaug_fast.engine import reference
 from metaaug_fast.engine.executor import choose_executor, fingerprint
 from metaaug_fast.engine.fast_weights import FastWeights
-from metaaug_fast.engine.loop import inner_loop
-from metaaug_fast.engine.problem import Query, Support, inner_problem
+from metaaug_fast.engine.loop import inner_loop, judge_steps, meta_loss
+from metaaug_fast.engine.problem import Query, Support, inner_problem, with_steps
 from metaaug_fast.errors import FallbackWarning, NonFiniteError, NotFusedError
 from tests.building import C, F, Q, S, T, backends, perceptron, tasks
 from tests.exactness import relative_error
@@ -210,6 +211,75 @@ def test_inputs_that_do_not_fit_fast_weights() -> None:
         fast(torch.zeros(T, Q, F))
     with pytest.raises(ValueError, match=r"^y must hold class ids 0..2"):
         fast.evaluate(torch.zeros(T, Q, F).double(), torch.full((T, Q), C))
+
+
+# --- judging every step ---
+
+
+@backends
+@pytest.mark.parametrize("name", OPTIONS)
+def test_judging_every_step_is_judging_after_each_number_of_steps(name: str, backend: str) -> None:
+    """With the same masks of a dropout, for the same state of the generator."""
+    model, (x, y, query) = perceptron(nn.BatchNorm1d(7), nn.Sequential(nn.Tanh(), nn.Dropout(0.3))), data()
+    problem = inner_problem(model, **{"lr": 0.3, "steps": 3, **OPTIONS[name]})
+    support, rows = Support(x, y, torch.rand(T, S).double()), torch.randint(S, (T, 3, 4))
+    asked, state = Query(query, torch.randint(C, (T, Q))), torch.get_rng_state()
+    for seen in (support, replace(support, rows=rows)):
+        torch.set_rng_state(state)
+        judged = judge_steps(problem, seen, asked, backend)
+        assert len(judged) == 4
+        for steps, out in enumerate(judged):
+            cut = seen if seen.rows is None else replace(seen, rows=rows[:, :steps])
+            torch.set_rng_state(state)
+            expected = meta_loss(with_steps(problem, steps), cut, asked, backend)
+            assert relative_error(out.task_losses, expected.task_losses) < 1e-12
+            assert relative_error(out.loss, expected.loss) < 1e-12
+            assert torch.equal(out.accuracy, expected.accuracy)
+            assert not out.loss.requires_grad
+
+
+@backends
+def test_judging_every_step_moves_no_running_statistics(backend: str) -> None:
+    model, (x, y, query) = perceptron(nn.BatchNorm1d(7), nn.Tanh()), data()
+    problem = inner_problem(model, 0.3, 2, batch_norm="running")
+    support, asked = Support(x, y), Query(query, torch.randint(C, (T, Q)))
+    before = copy.deepcopy(model.state_dict())
+    judged = judge_steps(problem, support, asked, backend)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    expected = meta_loss(problem, support, asked, backend)
+    assert relative_error(judged[-1].task_losses, expected.task_losses) < 1e-12
+    assert not torch.equal(model[1].running_mean, before["1.running_mean"])
+
+
+@backends
+def test_judging_every_step_in_inference_mode(backend: str) -> None:
+    model, (x, y, query) = perceptron(), data()
+    problem, target = inner_problem(model, 0.3, 2), torch.randint(C, (T, Q))
+    expected = judge_steps(problem, Support(x, y), Query(query, target), backend)
+    with torch.inference_mode():
+        got = judge_steps(problem, Support(x + 0, y + 0), Query(query + 0, target + 0), backend)
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one.task_losses, other.task_losses)
+
+
+@pytest.mark.parametrize(
+    ("message", "bad"),
+    [
+        ("support_y must hold class ids 0..2 (got 3)", {"y": torch.full((T, S), C)}),
+        ("query_x must have as many tasks as support_x (got 2, 3)", {"query": torch.zeros(2, Q, F).double()}),
+        ("query_x must have the dtype of the model's parameters", {"query": torch.zeros(T, Q, F)}),
+        ("query_y must hold class ids 0..2 (got 3)", {"target": torch.full((T, Q), C)}),
+        ("step_weights must be None where every step is judged by itself (got a Tensor)", {"weights": torch.ones(2)}),
+        ("backend must be one of auto, fused, fallback (got 'gpu')", {"backend": "gpu"}),
+    ],
+)
+def test_bad_input_to_judging_every_step_is_refused(message: str, bad: dict[str, object]) -> None:
+    x, y, query = data()
+    given = {"y": y, "query": query, "target": torch.zeros(T, Q).long(), "weights": None, "backend": "auto", **bad}
+    asked = Query(given["query"], given["target"], given["weights"])
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        judge_steps(inner_problem(perceptron(), 0.1, 2), Support(x, given["y"]), asked, given["backend"])
+    assert message in str(caught.value)
 
 
 # --- the choice of an executor ---

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from metaaug_fast.engine.losses import task_loss
 from metaaug_fast.engine.problem import InnerProblem, Query, Support, inner_problem
-from metaaug_fast.engine.reference import adapt, meta_loss, pack, running_statistics, unpack
+from metaaug_fast.engine.reference import adapt, judge_steps, meta_loss, pack, running_statistics, unpack
 from tests.exactness import randn
 
 pytestmark = pytest.mark.usefixtures("fresh_numbers")
@@ -208,6 +208,24 @@ def test_step_weights_weigh_the_loss_after_each_step():
     assert close(together.task_losses, expected)
     assert close(together.loss, expected.mean())
     assert torch.equal(together.accuracy, singly[-1].accuracy)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.5, "weight_decay": 0.1}, {"optimizer": "adam"}], ids=str)
+def test_judging_by_step_is_judging_the_start_and_what_single_step_weights_pick(options, rows):
+    problem = inner_problem(mlp(), torch.rand(3, dtype=torch.float64), 3, **options)
+    support = Support(randn(2, 4, 3), torch.randint(2, (2, 4)), torch.rand(2, 4, dtype=torch.float64))
+    if rows:
+        support = replace(support, rows=torch.randint(4, (2, 3, 3)))
+    query = Query(randn(2, 5, 3), torch.randint(2, (2, 5)))
+    start, *judged = judge_steps(problem, support, query)
+    output = problem.model(query.x)
+    assert close(start.loss, F.cross_entropy(output.flatten(0, 1), query.y.flatten()))
+    assert close(start.accuracy, (output.argmax(-1) == query.y).double().mean(1))
+    for out, pick in zip(judged, torch.eye(3, dtype=torch.float64), strict=True):
+        assert close(out.task_losses, meta_loss(problem, support, replace(query, step_weights=pick)).task_losses)
+        assert not out.loss.requires_grad
+    assert torch.equal(judged[-1].accuracy, meta_loss(problem, support, query).accuracy)
 
 
 def test_no_steps_judge_the_start():
