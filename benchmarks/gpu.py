@@ -27,7 +27,8 @@ import metaaug_fast as mf
 from metaaug_fast.bench.operations import count
 from metaaug_fast.bench.rivals import OURS, RIVALS
 from metaaug_fast.bench.workloads import WORKLOADS, Workload
-from metaaug_fast.runs import recipes
+from metaaug_fast.runs.build import fitted, make_episodes, make_learner, make_source
+from metaaug_fast.runs.config import configure
 
 NAMES = (
     "conv4-t32-k1",
@@ -218,18 +219,16 @@ def longest_gap(workload: Workload) -> float:
 
 def recipe(root: Path, steps: int = 500) -> float:
     """Milliseconds a meta-step of the paper's recipe, measured over steps that nothing waits in."""
-    run = recipes.settings("maml", "omniglot", root=str(root))
-    learner = recipes.make_learner(run, "cuda")
-    episodes, optimizer = recipes.make_episodes(run, "train", device="cuda"), recipes.make_optimizer(run, learner)
+    config = configure(mf.runs.recipe("maml-omniglot"), ["--root", str(root)])
+    source = make_source(config.data, "train", device="cuda")
+    learner = make_learner(fitted(config, source), "cuda")
+    episodes, optimizers = make_episodes(config, "train", source), learner.optimizers(config.training.meta_lr)
     started = 0.0
     for done in range(steps + 50):
         if done == 50:
             torch.cuda.synchronize()
             started = time.perf_counter()
-        tasks: mf.TaskBatch = next(episodes)
-        optimizer.zero_grad()
-        learner(tasks).loss.backward()
-        optimizer.step()
+        learner.meta_step(next(episodes), optimizers)
     torch.cuda.synchronize()
     return (time.perf_counter() - started) / steps * 1e3
 

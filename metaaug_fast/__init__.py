@@ -6,40 +6,49 @@
 >>> maml(tasks).loss.backward()
 """
 
-from . import data, models
+from . import data, learners, models, runs
 from .engine import reference
 from .engine.fast_weights import FastWeights
 from .engine.loop import inner_loop
-from .errors import CheckpointError, FallbackWarning, FileWriteError, NonFiniteError, NotFusedError
+from .errors import CheckpointError, ContractError, FallbackWarning, FileWriteError, NonFiniteError, NotFusedError
+from .inspect.contract import ContractReport, check_learner
 from .inspect.explanation import explain
 from .inspect.gradients import GradientReport, check_gradients
-from .learners.maml import MAML
-from .learners.reptile import Reptile
+from .learners import MAML, Learner, ProtoNet, Reptile
 from .runs.evaluation import Evaluation, evaluate
 from .runs.history import History
+from .runs.load import load
 from .runs.training import train
 from .tasks import MetaOutput, TaskBatch
 
 __all__ = [
     "MAML",
     "CheckpointError",
+    "ContractError",
+    "ContractReport",
     "Evaluation",
     "FallbackWarning",
     "FastWeights",
     "FileWriteError",
     "GradientReport",
     "History",
+    "Learner",
     "MetaOutput",
     "NonFiniteError",
     "NotFusedError",
+    "ProtoNet",
     "Reptile",
     "TaskBatch",
     "check_gradients",
+    "check_learner",
     "data",
     "evaluate",
     "explain",
     "inner_loop",
+    "learners",
+    "load",
     "models",
     "reference",
+    "runs",
     "train",
 ]

@@ -12,8 +12,10 @@ def check_number(name: str, value: object, low: float = 0) -> None:
     """Raise TypeError unless `value` is a number, and ValueError unless it is finite and >= `low`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number (got {value!r})")
-    if not low <= value <= sys.float_info.max:
+    if not value >= low:  # NaN neither
         raise ValueError(f"{name} must be >= {low:g} (got {value})")
+    if value > sys.float_info.max:
+        raise ValueError(f"{name} must be finite (got {value})")
 
 
 def check_integer(name: str, value: object, low: int | None = None) -> None:

@@ -23,6 +23,10 @@ class FileWriteError(OSError):
     """A file cannot be written, or another run writes it; the message names it."""
 
 
+class ContractError(ValueError):
+    """A learner breaks the contract; the message names the clause."""
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory was asked for that cannot be had; torch and numpy have many words for it."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):

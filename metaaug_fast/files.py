@@ -110,6 +110,16 @@ def previous_of(path: str | Path) -> Path:
     return target.with_name(f"{target.stem}.previous{target.suffix}")
 
 
+def best_of(path: str | Path) -> Path:
+    """Where the best of a run is kept.
+
+    >>> best_of("runs/maml.safetensors").name
+    'maml.best.safetensors'
+    """
+    target = target_of(path)
+    return target.with_name(f"{target.stem}.best{target.suffix}")
+
+
 @contextlib.contextmanager
 def _naming(path: str | Path) -> Iterator[None]:
     """An error of the system becomes a sentence about the path that the caller gave."""

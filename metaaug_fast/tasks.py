@@ -99,7 +99,11 @@ class TaskBatch:
 
 @dataclass(frozen=True)
 class MetaOutput:
-    """loss: mean over tasks. task_losses: `[T]`; both differentiable. accuracy: `[T]` for class ids, else None."""
+    """loss: mean over tasks. task_losses: `[T]`; both differentiable. accuracy: `[T]` for class ids, else None.
+
+    The gradient of `loss`, of `task_losses.mean()` and of `task_losses.sum()` is there with the loss; one that weighs
+    tasks unequally costs a second sweep.
+    """
 
     loss: Tensor
     task_losses: Tensor
@@ -116,6 +120,17 @@ def sent(value: Tensor, device: torch.device) -> Tensor:
 def usable(value: Tensor) -> Tensor:
     """The tensor, or a copy of one made under `torch.inference_mode`, which no graph may keep."""
     return value.clone() if value.is_inference() else value
+
+
+def is_one_task(x: Tensor, y: Tensor) -> bool:
+    """Whether `x`, `y` are samples of one task, `[N, ...]`, rather than of T of them, `[T, N, ...]`.
+
+    >>> is_one_task(torch.zeros(5, 2), torch.arange(5)), is_one_task(torch.zeros(9, 5, 2), torch.zeros(9, 5, 1))
+    (True, False)
+    """
+    if y.ndim < 2 or not y.is_floating_point():
+        return y.ndim < 2
+    return y.shape[:2] != x.shape[:2] or x.ndim == y.ndim == 2
 
 
 def check_batch(tasks: object) -> None:

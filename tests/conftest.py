@@ -1,8 +1,10 @@
 """What every test has: fresh random numbers, one thread, and the real data where there are any."""
 
+import importlib
 import os
 import random
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,3 +55,21 @@ def real_omniglot() -> Path:
     if not (root / "images_background.zip").is_file():
         pytest.skip(f"no Omniglot in {root}; METAAUG_DATA names the data folder")
     return root
+
+
+@pytest.fixture
+def own_code(tmp_path, monkeypatch):
+    """Writes modules of a user's own into the folder that one works in; they are forgotten at the end."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    before = set(sys.modules)
+
+    def write(name: str, content: str) -> None:
+        assert name not in sys.modules
+        (tmp_path / f"{name}.py").write_text(content)
+        importlib.invalidate_caches()
+
+    yield write
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]

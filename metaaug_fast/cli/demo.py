@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +16,28 @@ from ..bench.workloads import Workload
 from ..files import try_writing, write_json
 from ..learners.maml import MAML
 from ..report.plots import plot_episode, plot_learning_curve
-from ..runs import recipes
+from ..runs.build import SPLITS, fitted, make_episodes, make_learner, make_sources
+from ..runs.config import configure, recipe
 from ..runs.evaluation import Evaluation, evaluate
 from ..runs.training import train
 from ..tasks import TaskBatch
+from . import options as kind
+from .options import Parser, add_machine_options, use_machine
 
 EPISODES = 600
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Read the options and show it all."""
+    parser = Parser(prog="metaaug-fast demo", description="Train on letters for a few minutes, evaluate and draw.")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for pictures and checkpoint")
+    parser.add_argument("--steps", type=kind.count, default=300, help="meta-steps")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_machine_options(parser, with_device=False)
+    options = parser.parse_args(arguments)
+    use_machine(options)
+    demo(options.out, steps=options.steps, progress=not options.quiet)
+    return 0
 
 
 def demo(out: str | Path, steps: int = 300, progress: bool = True) -> None:
@@ -31,25 +48,29 @@ def demo(out: str | Path, steps: int = 300, progress: bool = True) -> None:
     """
     out = Path(out)
     try_writing(out / "maml.safetensors")
-    run = recipes.settings("maml", "glyphs", steps=steps)
-    learner = recipes.make_learner(run)
+    config = configure(recipe("maml-glyphs"), ["--steps", str(steps)])
+    sources = make_sources(config.data)
+    config = fitted(config, sources["train"].sample_shape, None)
+    learner = make_learner(config)
     assert isinstance(learner, MAML)
-    training, validation, test = (recipes.make_episodes(run, split) for split in recipes.SPLITS)
-    harder = recipes.make_episodes(replace(run, split_styles=True), "test")
-    print(f"{run}\n{training.dataset} to learn from, {test.dataset} to be judged on\n")
+    training, validation, test = (make_episodes(config, split, sources[split]) for split in SPLITS)
+    other_styles = replace(config, sampling=replace(config.sampling, split_styles=True))
+    harder = make_episodes(other_styles, "test", sources["test"])
+    print(f"{config.in_words(regression=False)}")
+    print(f"{training.dataset} to learn from, {test.dataset} to be judged on\n")
 
     before = [evaluate(learner, episodes, EPISODES) for episodes in (test, harder)]
     print(f"before training, new letters: {before[0]}")
     history = train(
         learner,
         training,
-        run.steps,
-        optimizer=recipes.make_optimizer(run, learner),
+        steps,
+        meta_lr=config.training.meta_lr,
         validate=lambda: evaluate(learner, validation, 200),
-        validate_every=max(1, run.steps // 10),
+        validate_every=max(1, steps // 10),
         checkpoint=out / "maml.safetensors",
         checkpoint_every=100,
-        config=run.as_dict(),
+        config=config.as_dict(),
         progress=progress,
     )
     if history.stopped_by is not None:
@@ -59,13 +80,14 @@ def demo(out: str | Path, steps: int = 300, progress: bool = True) -> None:
     print(f"after training, new letters:  {after[0]}\n")
 
     ours, theirs = compare(learner, training.batch(0))
-    title = f"{run.ways}-way {run.shots}-shot, {EPISODES} episodes of new letters"
+    sampling = config.sampling
+    title = f"{sampling.ways}-way {sampling.shots}-shot, {EPISODES} episodes of new letters"
     print(f"{title:44} {'before training':18} after {steps} meta-steps")
     for name, first, last in zip(("any typefaces", "queries in other typefaces"), before, after, strict=True):
         print(f"  {name:42} {_percent(first):18} {_percent(last)}")
     print(f"  (95 % intervals; {'transductive' if after[0].transductive else 'not transductive'})")
     print(
-        f"meta-gradients a second, {run.tasks} tasks, exact second order, {torch.get_num_threads()} threads\n"
+        f"meta-gradients a second, {sampling.tasks} tasks, exact second order, {torch.get_num_threads()} threads\n"
         f"  metaaug_fast {ours:.1f}, torch.func vmap {theirs:.1f}: {ours / theirs:.1f} times as many "
         f"(in float64 they differ by {difference(learner, training.batch(0)):.0e}, relative)"
     )
@@ -76,7 +98,7 @@ def demo(out: str | Path, steps: int = 300, progress: bool = True) -> None:
     write_json(
         out / "maml.json",
         {
-            "settings": run.as_dict(),
+            "config": config.as_dict(),
             "before": [each.as_dict() for each in before],
             "after": [each.as_dict() for each in after],
             "meta_gradients_per_second": {"metaaug_fast": ours, "torch.func vmap": theirs},

@@ -2,9 +2,7 @@
 
 from .draws import Draws
 from .episodes import Episodes
-from .readers.glyphs import Glyphs
-from .readers.omniglot import Omniglot, download_omniglot
-from .readers.sinusoid import Sinusoids
+from .readers import Glyphs, Omniglot, Sinusoids, download_omniglot
 from .samples import ClassImages
 from .source import EpisodeSpec, TaskSource
 

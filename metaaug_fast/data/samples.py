@@ -39,6 +39,9 @@ class ClassImages:
     ClassImages(3 classes, 4 to 4 samples each of shape (1, 28, 28))
     """
 
+    target_shape = None
+    default_model = "conv4"
+
     def __init__(
         self,
         images: Tensor,

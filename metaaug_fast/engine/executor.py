@@ -18,6 +18,7 @@ from ..tasks import MetaOutput
 from .exclusive import ONE_AT_A_TIME
 from .fallback import FallbackExecutor, probe_output_shape
 from .fused import FusedExecutor, refusal
+from .losses import named
 from .lowering.trace import lower
 from .problem import InnerProblem, Query, Support
 
@@ -163,7 +164,9 @@ def _make_fused(problem: InnerProblem, sample_shape: tuple[int, ...]) -> tuple[E
     if reason := refusal(next(iter(problem.parameters.values()))):
         raise NotFusedError(reason)
     if callable(problem.loss):
-        raise NotFusedError(f"the fused engine needs a named loss (got the callable {_name(problem.loss)})")
+        option = named(problem.loss)[2]
+        why = f", for {option}" if option else ""
+        raise NotFusedError(f"the fused engine needs a named loss (got the callable {_name(problem.loss)}{why})")
     fixed = problem.batch_norm == "frozen" or (problem.batch_norm == "running" and not problem.training)
     graph = lower(problem.model, sample_shape, fixed_statistics=fixed, drop=problem.training)
     executor = FusedExecutor(graph, problem.model)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..errors import FallbackWarning, NonFiniteError
 from ..tasks import MetaOutput, usable
 from .autograd import once_differentiable
-from .losses import accuracy, task_loss
+from .losses import accuracies, task_loss
 from .norms import BatchStatistics, forward, update_running
 from .problem import InnerProblem, Query, Support
 from .reference import pack, unpack
@@ -119,7 +119,7 @@ class FallbackExecutor:
     ) -> tuple[Tensor, Tensor | None]:
         """Query losses after `step` steps, and accuracies, of a chunk of tasks that starts at `first`."""
         prediction = self._predictions(problem, theta, x, step, first)
-        return self._query_losses(problem, prediction, y, step, first), _accuracy(problem, prediction, y)
+        return self._query_losses(problem, prediction, y, step, first), accuracies(problem.loss, prediction, y)
 
     def _judge(self, problem: InnerProblem, query: Query, judged: dict[int, Tensor]) -> MetaOutput:
         """Query losses of the weights after each of some steps, weighted and together."""
@@ -134,7 +134,7 @@ class FallbackExecutor:
         task_losses = losses[0] if weights is None else weights @ torch.stack(losses)
         if learns:
             update_running(problem.model, _over_chunks(statistics))
-        return MetaOutput(task_losses.mean(), task_losses, _accuracy(problem, prediction.detach(), query.y))
+        return MetaOutput(task_losses.mean(), task_losses, accuracies(problem.loss, prediction, query.y))
 
     def _trajectory(self, problem: InnerProblem, support: Support) -> tuple[Tensor, ...]:
         """theta_0 .. theta_K, each `[T, P]`, in the autograd graph."""
@@ -527,14 +527,8 @@ def _over_chunks(statistics: list[list[BatchStatistics]]) -> list[BatchStatistic
 def _over_tasks(judged: Sequence[tuple[Tensor, Tensor | None]]) -> MetaOutput:
     """Query losses and accuracies of chunks of tasks, joined along the tasks."""
     losses = torch.cat([each for each, _ in judged])
-    accuracies = [each for _, each in judged if each is not None]
-    return MetaOutput(losses.mean(), losses, torch.cat(accuracies) if accuracies else None)
-
-
-def _accuracy(problem: InnerProblem, prediction: Tensor, y: Tensor) -> Tensor | None:
-    """Accuracy of each task, for class ids."""
-    classes = problem.loss == "cross_entropy" and not y.is_floating_point()
-    return accuracy(prediction, y) if classes else None
+    right = [each for _, each in judged if each is not None]
+    return MetaOutput(losses.mean(), losses, torch.cat(right) if right else None)
 
 
 def _check_finite(values: Tensor, first: int, place: str, what: str = "loss") -> None:

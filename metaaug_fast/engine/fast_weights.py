@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..tasks import MetaOutput, check_samples, check_tensor, usable
 from .exclusive import ONE_AT_A_TIME
 from .executor import choose_executor
-from .losses import accuracy, check_targets, sample_losses, task_loss
+from .losses import check_targets, judge
 from .problem import NORMS, InnerProblem, check_inputs
 from .reference import unpack
 
@@ -67,13 +67,7 @@ class FastWeights:
         loss, smoothing = self.problem.loss, self.problem.label_smoothing
         prediction = self(x)
         check_targets("y", loss, y, tuple(prediction.shape[2:]))
-        y = usable(y)
-        if callable(loss):
-            losses = torch.stack([task_loss(loss, *task) for task in zip(prediction, y, strict=True)])
-        else:
-            losses = sample_losses(loss, prediction.flatten(0, 1), y.flatten(0, 1), smoothing).view(len(x), -1).mean(1)
-        classes = loss == "cross_entropy" and not y.is_floating_point()
-        return MetaOutput(losses.mean(), losses, accuracy(prediction.detach(), y) if classes else None)
+        return judge(loss, prediction, usable(y), smoothing)
 
     def as_dict(self) -> dict[str, Tensor]:
         """Views of `flat` by name, each `[T, *shape of the model's parameter]`.

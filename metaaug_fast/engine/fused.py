@@ -13,6 +13,7 @@ from ..errors import NotFusedError
 from ..tasks import MetaOutput
 from .autograd import once_differentiable
 from .exclusive import ONE_AT_A_TIME
+from .losses import has_accuracy
 from .lowering.graph import Graph, Op
 from .norms import BatchStatistics, update_running
 from .problem import InnerProblem, Query, Support
@@ -79,7 +80,8 @@ class FusedExecutor:
         """The meta-step, and the gradient with it: `backward` only scales what the forward call has found.
 
         With Adam inside there is no gradient.
-        A loss made of `task_losses` rather than of `loss` needs a second call, in `backward`.
+        `task_losses.mean()` and `.sum()` are `loss` but for a scale; a loss that weighs tasks unequally needs a second
+        call, in `backward` (and so does their mean on a GPU, where to look at weights would wait for it).
         """
         with torch.set_grad_enabled(_differentiable(problem)):
             call = _Call(self, problem, support.rows)
@@ -89,7 +91,7 @@ class FusedExecutor:
     def judge_steps(self, problem: InnerProblem, support: Support, query: Query) -> list[MetaOutput]:
         """theta_0 .. theta_K on the query set, in one call that takes K steps; no running statistics move."""
         call = _Call(self, problem, support.rows)
-        outputs = ["losses_by_step", "accuracy_by_step"] if call.has_classes(query) else ["losses_by_step"]
+        outputs = ["losses_by_step", "accuracy_by_step"] if has_accuracy(problem.loss, query.y) else ["losses_by_step"]
         found = call.run(call.tensors(support, query), outputs)
         losses, accuracies = found["losses_by_step"], found.get("accuracy_by_step")
         shares = [None] * losses.shape[1] if accuracies is None else accuracies.unbind(1)
@@ -181,13 +183,11 @@ class _Call:
             setattr(inputs, name, value)
         return self.executor.engine(self.problem).run(self.settings, inputs, outputs)
 
-    def has_classes(self, query: Query) -> bool:
-        """Whether the query set has class ids, which make an accuracy."""
-        return self.problem.loss == "cross_entropy" and query.y.dtype == torch.int64
-
     def judgements(self, query: Query) -> list[str]:
         """Names of the engine's outputs that tell how the query set is done."""
-        return ["loss", "task_losses", "accuracy"] if self.has_classes(query) else ["loss", "task_losses"]
+        return (
+            ["loss", "task_losses", "accuracy"] if has_accuracy(self.problem.loss, query.y) else ["loss", "task_losses"]
+        )
 
     def gradients(self, tensors: Sequence[Any], needs: Sequence[bool]) -> list[str]:
         """Names of the engine's outputs that hold the gradients asked for."""
@@ -286,6 +286,9 @@ class _MetaLoss(torch.autograd.Function):
         call, needs = ctx.call, ctx.needs_input_grad[2:]
         if loss is None and task_losses is None:
             return (None,) * (2 + len(needs))
+        if task_losses is not None and _all_equal(task_losses):
+            scale = ctx.tasks * task_losses[0]
+            loss, task_losses = scale if loss is None else loss + scale, None
         if task_losses is None:
             gradients = {name: value * loss for name, value in ctx.gradients.items()}
         else:
@@ -296,6 +299,13 @@ class _MetaLoss(torch.autograd.Function):
             mean = ctx.step_losses.mean(0)
             gradients["grad_step_weights"] = mean * loss if task_losses is None else weights @ ctx.step_losses
         return None, None, *call.unpack(gradients, needs)
+
+
+def _all_equal(weights: Tensor) -> bool:
+    """Whether tasks weigh alike, as far as can be told without waiting for a GPU."""
+    if len(weights) == 1 or weights.stride(0) == 0:
+        return True
+    return not weights.is_cuda and bool((weights == weights[0]).all())
 
 
 def _differentiable(problem: InnerProblem) -> bool:

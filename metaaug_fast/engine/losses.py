@@ -2,20 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..tasks import MetaOutput
 
 LOSSES = ("cross_entropy", "mse", "bce")
 Loss = str | Callable[[Tensor, Tensor], Tensor]
 
 
-def check_loss(loss: Loss) -> None:
-    """Raise ValueError unless `loss` is callable or one of `LOSSES`."""
-    if not callable(loss) and loss not in LOSSES:
+_TWINS = {
+    nn.CrossEntropyLoss: "cross_entropy",
+    nn.MSELoss: "mse",
+    nn.BCEWithLogitsLoss: "bce",
+    F.cross_entropy: "cross_entropy",
+    F.mse_loss: "mse",
+    F.binary_cross_entropy_with_logits: "bce",
+}
+# Options under which a twin is the named loss: of `ignore_index` the default, which no class id is.
+_NEUTRAL = {"weight": None, "pos_weight": None, "reduction": "mean", "ignore_index": -100}
+
+
+def named(loss: Loss) -> tuple[Loss, float, str]:
+    """The loss by its name where it is one of torch's own, its label smoothing, and what keeps it from having a name.
+
+    Raises:
+        ValueError: `loss` is neither callable nor one of `LOSSES`.
+
+    >>> named(nn.CrossEntropyLoss(label_smoothing=0.1))
+    ('cross_entropy', 0.1, '')
+    >>> named(F.mse_loss)
+    ('mse', 0.0, '')
+    >>> named(nn.CrossEntropyLoss(weight=torch.ones(5)))[1:]
+    (0.0, 'its weight')
+    """
+    if isinstance(loss, str) and loss in LOSSES:
+        return loss, 0.0, ""
+    if not callable(loss):
         raise ValueError(f"loss must be callable or one of {', '.join(LOSSES)} (got {loss!r})")
+    options: dict[str, Any] = {}
+    twin: Any = type(loss)
+    if isinstance(loss, nn.Module):
+        options = {name: getattr(loss, name) for name in (*_NEUTRAL, "label_smoothing") if hasattr(loss, name)}
+    else:
+        twin = loss
+        if isinstance(loss, functools.partial) and not loss.args:
+            twin, options = loss.func, dict(loss.keywords)
+    name = _TWINS.get(twin) if isinstance(twin, Hashable) else None
+    if name is None:
+        return loss, 0.0, ""
+    smoothing = options.pop("label_smoothing", 0.0)
+    for option, value in options.items():
+        if option not in _NEUTRAL or (value is not _NEUTRAL[option] and value != _NEUTRAL[option]):
+            return loss, 0.0, f"its {option}"
+    return name, smoothing, ""
 
 
 def sample_losses(loss: str, prediction: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -38,6 +83,27 @@ def task_loss(
         return loss(prediction, target)
     each = sample_losses(loss, prediction, target, label_smoothing)
     return (each if weight is None else each * weight).mean()
+
+
+def judge(loss: Loss, prediction: Tensor, target: Tensor, label_smoothing: float = 0.0) -> MetaOutput:
+    """Losses, and accuracies for class ids, of predictions `[T, N, ...]`; differentiable."""
+    if callable(loss):
+        losses = torch.stack([task_loss(loss, *task) for task in zip(prediction, target, strict=True)])
+    else:
+        flat = sample_losses(loss, prediction.flatten(0, 1), target.flatten(0, 1), label_smoothing)
+        losses = flat.view(len(prediction), -1).mean(1)
+    return MetaOutput(losses.mean(), losses, accuracies(loss, prediction, target))
+
+
+def has_accuracy(loss: Loss, target: Tensor) -> bool:
+    """Whether a prediction can be right or wrong."""
+    return (loss == "cross_entropy" or callable(loss)) and not target.is_floating_point()
+
+
+def accuracies(loss: Loss, prediction: Tensor, target: Tensor) -> Tensor | None:
+    """`accuracy` of predictions `[..., N, C]`, or None where none can be right or wrong."""
+    fits = prediction.ndim == target.ndim + 1
+    return accuracy(prediction.detach(), target) if fits and has_accuracy(loss, target) else None
 
 
 def accuracy(prediction: Tensor, target: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..checks import check_choice, check_count, check_flag, check_number
 from ..tasks import check_samples, check_tensor
 from .exclusive import ONE_AT_A_TIME
-from .losses import Loss, check_loss, check_targets
+from .losses import Loss, check_targets, named
 
 BATCH_NORM = ("batch", "per_step", "running", "frozen")
 PRECISIONS = ("float32", "tf32", "bf16")
@@ -145,12 +145,15 @@ def inner_problem(
         ValueError: an argument is out of range, or nothing adapts.
     """
     own = parameters_of(model)
-    check_loss(loss)
+    loss, smoothing, _ = named(loss)
     check_count(f"{prefix}steps", steps)
     check_number("momentum", momentum)
     check_number("weight_decay", weight_decay)
     check_number("label_smoothing", label_smoothing)
     check_flag("first_order", first_order)
+    if smoothing and label_smoothing not in (0, smoothing):
+        raise ValueError(f"label_smoothing must be that of loss, {smoothing:g} (got {label_smoothing})")
+    label_smoothing = label_smoothing or smoothing
     if label_smoothing >= 1:
         raise ValueError(f"label_smoothing must be below 1 (got {label_smoothing})")
     check_choice("batch_norm", batch_norm, BATCH_NORM)

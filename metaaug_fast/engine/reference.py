@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..tasks import MetaOutput
-from .losses import accuracy, task_loss
+from .losses import accuracies, task_loss
 from .norms import BatchStatistics, forward
 from .problem import InnerProblem, Query, Support, with_steps
 
@@ -67,9 +67,7 @@ def meta_loss(problem: InnerProblem, support: Support, query: Query) -> MetaOutp
         losses.append(each[0] if query.step_weights is None else query.step_weights @ torch.stack(each))
         predictions.append(outputs[-1].detach())
     task_losses = torch.stack(losses)
-    classes = problem.loss == "cross_entropy" and not query.y.is_floating_point()
-    accuracies = accuracy(torch.stack(predictions), query.y) if classes else None
-    return MetaOutput(task_losses.mean(), task_losses, accuracies)
+    return MetaOutput(task_losses.mean(), task_losses, accuracies(problem.loss, torch.stack(predictions), query.y))
 
 
 @torch.no_grad()

@@ -6,20 +6,17 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..engine import reference
-from ..engine.executor import choose_executor
-from ..engine.problem import Query, Support, with_seed
 from ..errors import FallbackWarning
-from ..learners.gradient import Learner
 from ..report.tables import plain
+from ..runs.evaluation import learner_in
 from ..tasks import TaskBatch
 
-SECOND, FIRST = "second order", "first order"
+SECOND, FIRST, EXACT = "second order", "first order", "exact"
 TOLERANCE = 1e-8
 """How far exact gradients in float64 may be from the reference, relative to their norm."""
 DIFFERENCE_TOLERANCE = 1e-4
@@ -32,7 +29,7 @@ NEGLIGIBLE = 1e-12
 
 @dataclass(frozen=True)
 class GroupErrors:
-    """Relative errors of one group of gradients: from both references, and from finite differences."""
+    """Relative errors of one group of gradients: from references, where there are any, and from finite differences."""
 
     second_order: float
     first_order: float
@@ -43,8 +40,10 @@ class GroupErrors:
 class GradientReport:
     """What `check_gradients` measured.
 
-    order: "second order", "first order", or "neither: " and why. executor: what computed the gradients.
-    first_order: what the learner says of itself. errors: by group of gradients.
+    order: "second order", "first order", "exact" (of a learner without a reference: as finite differences say), or
+        "neither: " and why. executor: what computed the gradients.
+    first_order: what the learner says of itself. errors: by group of gradients; those from a reference are NaN where
+        the learner has none.
     """
 
     order: str
@@ -54,15 +53,20 @@ class GradientReport:
 
     @property
     def relative_error(self) -> float:
-        """The largest relative error from the reference of the order found (second order if neither was)."""
+        """The largest relative error from the reference of the order found (second order if neither was).
+
+        Of a learner without a reference: from finite differences.
+        """
         if self.order == FIRST:
             return max(error.first_order for error in self.errors.values())
+        if self.order == EXACT:
+            return max(error.differences for error in self.errors.values())
         return max(error.second_order for error in self.errors.values())
 
     @property
     def ok(self) -> bool:
         """Whether the gradients are exact and of the order that the learner says."""
-        return self.order == (FIRST if self.first_order else SECOND)
+        return self.order in ((FIRST,) if self.first_order else (SECOND, EXACT))
 
     def __str__(self) -> str:
         said = "" if self.ok else f" (the learner says {FIRST if self.first_order else SECOND})"
@@ -78,7 +82,7 @@ class GradientReport:
 
 
 def check_gradients(
-    learner: Learner,
+    learner: nn.Module,
     tasks: TaskBatch,
     step_weights: Tensor | None = None,
     *,
@@ -91,7 +95,9 @@ def check_gradients(
     learner computes them; the learner, its gradients and torch's random state stay as they are.
 
     Args:
-        learner: MAML or another whose `learner(tasks).loss` can be differentiated.
+        learner: one whose `learner(tasks).loss` can be differentiated. Where it has a `specification` of its own in
+            plain autograd, as those that adapt by gradients have, that is the reference.
+        step_weights: for a learner that takes them.
         tasks: a few small ones: the reference runs one at a time and keeps its whole graph.
         directions: how many random ones central differences are taken along, in each group.
         seed: of directions and dropout masks.
@@ -106,21 +112,20 @@ def check_gradients(
     >>> report.order, report.ok, report.relative_error < 1e-10
     ('second order', True, True)
     """
-    learner = copy.deepcopy(learner).double()
+    learner = copy.deepcopy(learner_in(learner)).double()
     tasks = _leaves(tasks)
     groups = _groups(learner, tasks)
     variables = [variable for group in groups.values() for variable in group]
-    weights = None if step_weights is None else step_weights.double()
+    options = {} if step_weights is None else {"step_weights": step_weights.double()}
 
     def loss() -> Tensor:
         torch.default_generator.manual_seed(seed)
-        return learner(tasks, weights).loss
+        return learner(tasks, **options).loss
 
-    def reference_loss(first_order: bool) -> Tensor:
+    def reference_gradient(first_order: bool) -> list[Tensor] | None:
         torch.default_generator.manual_seed(seed)
-        problem = replace(with_seed(learner.problem()), first_order=first_order)
-        support = Support(tasks.support_x, tasks.support_y)
-        return reference.meta_loss(problem, support, Query(tasks.query_x, tasks.query_y, weights)).loss
+        expected = learner.specification(tasks, first_order=first_order, **options)
+        return None if expected is None else _gradient(expected.loss, variables)
 
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FallbackWarning)
@@ -128,18 +133,18 @@ def check_gradients(
         if not value.requires_grad:
             raise ValueError(f"learner must have a loss that can be differentiated (got {type(learner).__name__})")
         found = _gradient(value, variables)
-        second, first = (_gradient(reference_loss(order), variables) for order in (False, True))
-        negligible = NEGLIGIBLE * max(_norm(found), _norm(second))
+        second, first = (reference_gradient(first_order) for first_order in (False, True))
+        negligible = NEGLIGIBLE * max(_norm(found), _norm(second or found))
         errors, begin = {}, 0
         for name, group in groups.items():
             part = slice(begin, begin := begin + len(group))
             errors[name] = GroupErrors(
-                _distance(found[part], second[part], negligible),
-                _distance(found[part], first[part], negligible),
+                _distance(found[part], second and second[part], negligible),
+                _distance(found[part], first and first[part], negligible),
                 _difference_error(loss, group, found[part], directions, seed),
             )
-        executor = choose_executor(learner.problem(), tasks.support_x.shape[2:], learner.backend).name
-    return GradientReport(_order(errors), learner.problem().first_order, executor, errors)
+        executor = learner.runs_on(tuple(tasks.support_x.shape[2:]))
+    return GradientReport(_order(errors), learner.first_order, executor, errors)
 
 
 def _leaves(tasks: TaskBatch) -> TaskBatch:
@@ -169,8 +174,10 @@ def _norm(values: list[Tensor]) -> float:
     return float(torch.cat([value.flatten() for value in values]).norm())
 
 
-def _distance(found: list[Tensor], expected: list[Tensor], negligible: float) -> float:
-    """`|found - expected|` relative to the longer of the two; 0 where both are negligible."""
+def _distance(found: list[Tensor], expected: list[Tensor] | None, negligible: float) -> float:
+    """`|found - expected|` relative to the longer of the two; 0 where both are negligible, NaN where one is missing."""
+    if expected is None:
+        return math.nan
     longest = max(_norm(found), _norm(expected))
     difference = _norm([one - other for one, other in zip(found, expected, strict=True)])
     return 0.0 if longest <= negligible else difference / longest
@@ -223,9 +230,14 @@ def _rms(values: Tensor) -> float:
 
 def _order(errors: dict[str, GroupErrors]) -> str:
     """What the errors say: the first statement that holds."""
+    wrong = {name: error for name, error in errors.items() if not error.differences <= DIFFERENCE_TOLERANCE}
+    if all(math.isnan(error.second_order) for error in errors.values()):
+        if not wrong:
+            return EXACT
+        name, error = max(wrong.items(), key=lambda item: item[1].differences)
+        return f"neither: {name} is {error.differences:.1e} from finite differences"
     far = {name: error for name, error in errors.items() if not error.second_order <= TOLERANCE}
     if not far:
-        wrong = {name: error for name, error in errors.items() if not error.differences <= DIFFERENCE_TOLERANCE}
         if not wrong:
             return SECOND
         name, error = max(wrong.items(), key=lambda item: item[1].differences)

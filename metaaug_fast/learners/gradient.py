@@ -1,25 +1,32 @@
-"""What learners share that adapt a module in an inner loop."""
+"""What learners share that adapt a module by gradient steps."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..engine.executor import fingerprint
+from ..engine import reference
+from ..engine.executor import choose_executor, fingerprint
 from ..engine.fast_weights import FastWeights
-from ..engine.loop import adapt_tasks
-from ..engine.problem import InnerProblem, Support, with_steps
+from ..engine.loop import adapt_tasks, judge_steps
+from ..engine.problem import NORMS, InnerProblem, Query, Support, with_seed, with_steps
+from ..tasks import MetaOutput, TaskBatch, check_batch
+from .base import Learner, check_steps, one_task_too
 
 
-class Learner(nn.Module):
-    """A module whose settings make an `InnerProblem`, built once and again after a setting or a tensor was replaced.
+class GradientLearner(Learner):
+    """A learner whose settings make an `InnerProblem`, built once and again after a setting or a tensor was replaced.
 
-    A subclass sets `inner_lr` and `backend` and writes `_inner_problem`.
+    A subclass sets `model`, `inner_lr`, `inner_steps` and `backend`, and writes `_inner_problem`.
     """
 
+    model: nn.Module
     inner_lr: Any
+    inner_steps: int
     backend: str
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -30,6 +37,18 @@ class Learner(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_built": None}
+
+    @property
+    def transductive(self) -> bool:
+        """Whether batch norms take their statistics from the queries.
+
+        >>> import metaaug_fast as mf
+        >>> mf.MAML(mf.models.conv4(ways=5)).transductive, mf.MAML(mf.models.mlp([1, 8, 1])).transductive
+        (True, False)
+        """
+        problem = self.problem()
+        own_batch = problem.batch_norm in ("batch", "per_step")
+        return own_batch and any(isinstance(module, NORMS) for module in problem.model.modules())
 
     def problem(self, steps: int | None = None) -> InnerProblem:
         """The inner problem of this learner, with its own number of steps or another.
@@ -45,23 +64,52 @@ class Learner(nn.Module):
     def _inner_problem(self) -> InnerProblem:
         raise NotImplementedError
 
+    @one_task_too
     def adapt(
         self,
         support_x: Tensor,
         support_y: Tensor,
-        steps: int | None = None,
         *,
+        steps: int | None = None,
         sample_weight: Tensor | None = None,
         rows: Tensor | None = None,
         initial: Tensor | None = None,
     ) -> FastWeights:
-        """Adapt to each task `[T, S, ...]`, differentiably; arguments as in `inner_loop`.
+        """Adapt to each task `[T, S, ...]`, differentiably; arguments as in `inner_loop`. One task may lack its T.
 
         Raises:
             ValueError: the support set fits neither the model nor itself.
         """
         support = Support(support_x, support_y, sample_weight, rows, initial)
         return adapt_tasks(self.problem(steps), support, self.backend)
+
+    @torch.no_grad()
+    def by_step(self, tasks: TaskBatch, steps: int | None = None) -> list[MetaOutput]:
+        """The metric after 0, 1, ... steps, without gradient, from one pass of the inner loop.
+
+        Raises:
+            TypeError, ValueError: the tasks do not fit the model, or `steps` is no count.
+        """
+        check_batch(tasks)
+        problem = self.problem(check_steps(self, steps))
+        support = Support(tasks.support_x, tasks.support_y, rows=self._support_rows(tasks, problem.steps))
+        return judge_steps(problem, support, Query(tasks.query_x, tasks.query_y), self.backend)
+
+    def _support_rows(self, tasks: TaskBatch, steps: int) -> Tensor | None:
+        """The support samples of each step `[T, K, B]`, where a learner does not take them all."""
+        return None
+
+    def specification(
+        self, tasks: TaskBatch, *, first_order: bool, step_weights: Tensor | None = None
+    ) -> MetaOutput | None:
+        """What `forward` computes, by `reference.meta_loss`."""
+        problem = replace(with_seed(self.problem()), first_order=first_order)
+        query = Query(tasks.query_x, tasks.query_y, step_weights)
+        return reference.meta_loss(problem, Support(tasks.support_x, tasks.support_y), query)
+
+    def runs_on(self, sample_shape: tuple[int, ...]) -> str:
+        """The executor of samples of a shape: "fused" or "fallback"."""
+        return choose_executor(self.problem(), sample_shape, self.backend).name
 
 
 def _contents(value: Any) -> Any:

@@ -13,10 +13,10 @@ from ..engine.loop import meta_loss
 from ..engine.losses import Loss
 from ..engine.problem import NORMS, InnerProblem, LearningRate, Query, Support, inner_problem, parameters_of, patterns
 from ..tasks import MetaOutput, TaskBatch, check_batch
-from .gradient import Learner
+from .gradient import GradientLearner
 
 
-class MAML(Learner):
+class MAML(GradientLearner):
     """Learn weights theta from which a few gradient steps solve a new task.
 
         theta_i = theta - inner_lr * grad loss(theta; support of task i)        inner_steps times
@@ -91,12 +91,12 @@ class MAML(Learner):
         for key in self.per_step:
             model.get_parameter(_name(key)).requires_grad_(False)
 
-    def forward(self, tasks: TaskBatch, step_weights: Tensor | None = None, steps: int | None = None) -> MetaOutput:
+    def forward(self, tasks: TaskBatch, *, steps: int | None = None, step_weights: Tensor | None = None) -> MetaOutput:
         """Adapt to every task's support set and judge the result on its query set.
 
         Args:
-            step_weights: `[K]`, weights of the query losses after each step (MAML++); None: the last step's loss.
             steps: another K than `inner_steps`, for evaluation.
+            step_weights: `[K]`, weights of the query losses after each step (MAML++); None: the last step's loss.
 
         Raises:
             ValueError: the tasks do not fit the model. NonFiniteError: NaN or infinity arose; names task and step.

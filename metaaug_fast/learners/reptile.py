@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from ..checks import check_flag
+from ..checks import check_choice, check_count, check_flag, check_number
 from ..engine.fast_weights import FastWeights
 from ..engine.loop import adapt_tasks_mean
 from ..engine.losses import Loss
 from ..engine.problem import InnerProblem, LearningRate, Query, Support, inner_problem, patterns
 from ..engine.reference import unpack
 from ..tasks import MetaOutput, TaskBatch, check_batch, check_samples
-from .gradient import Learner
+from .base import one_task_too
+from .gradient import GradientLearner
 
 POLICIES = ("batch", "frozen")
+Move = Callable[[list[Tensor], list[Tensor]], None]
 
 
-class Reptile(Learner):
+class Reptile(GradientLearner):
     """Learn weights theta by moving them towards those that each task's inner optimizer arrives at.
 
         theta_i = inner_optimizer(theta; support of task i)                     inner_steps times
@@ -55,6 +57,8 @@ class Reptile(Learner):
     torch.Size([4])
     """
 
+    first_order = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -75,13 +79,13 @@ class Reptile(Learner):
         precision: str = "float32",
     ) -> None:
         super().__init__()
-        if inner_batch is not None and (type(inner_batch) is not int or inner_batch < 1):
-            raise ValueError(f"inner_batch must be >= 1 or None (got {inner_batch})")
+        if inner_batch is not None:
+            check_count("inner_batch", inner_batch, low=1)
+        check_number("meta_lr", meta_lr)
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be >= 0 and below 1 (got {betas})")
         check_flag("batched", batched)
-        if batch_norm not in POLICIES:
-            raise ValueError(f"batch_norm must be one of {', '.join(POLICIES)} (got {batch_norm!r})")
+        check_choice("batch_norm", batch_norm, POLICIES)
         self.model = model
         self.inner_lr = inner_lr
         self.inner_steps = inner_steps
@@ -112,10 +116,28 @@ class Reptile(Learner):
             ValueError: meta_lr is negative or not finite, or the tasks do not fit the model.
             NonFiniteError: NaN or infinity arose; names task (0 where they run one by one) and step.
         """
+        return self._step(tasks, measure, lambda tensors, changes: _add(tensors, changes, self.meta_lr))
+
+    @torch.no_grad()
+    def meta_step(self, tasks: TaskBatch, optimizers: Sequence[Optimizer]) -> MetaOutput:
+        """`step`, by optimizers for which `-meta_lr * mean_i(theta_i - theta)` is the gradient."""
+
+        def descend(tensors: list[Tensor], changes: list[Tensor]) -> None:
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            for tensor, change in zip(tensors, changes, strict=True):
+                tensor.grad = -self.meta_lr * change
+            for optimizer in optimizers:
+                optimizer.step()
+
+        out = self._step(tasks, True, descend)
+        assert out is not None
+        return out
+
+    def _step(self, tasks: TaskBatch, measure: bool, move: Move) -> MetaOutput | None:
         check_batch(tasks)
-        if type(self.meta_lr) not in (int, float) or not 0 <= self.meta_lr <= sys.float_info.max:
-            raise ValueError(f"meta_lr must be >= 0 and finite (got {self.meta_lr})")
-        moves = [self._move(each, measure) for each in ([tasks] if self.batched else tasks.split(1))]
+        check_number("meta_lr", self.meta_lr)
+        moves = [self._move(each, measure, move) for each in ([tasks] if self.batched else tasks.split(1))]
         outputs = [output for output in moves if output is not None]
         if not outputs:
             return None
@@ -123,19 +145,26 @@ class Reptile(Learner):
         accuracies = [output.accuracy for output in outputs if output.accuracy is not None]
         return MetaOutput(losses.mean(), losses, torch.cat(accuracies) if accuracies else None)
 
-    @torch.no_grad()
-    def forward(self, tasks: TaskBatch, steps: int | None = None) -> MetaOutput:
-        """Adapt to every task's support set and judge the result on its query set, without gradient."""
-        check_batch(tasks)
-        return self.adapt(tasks.support_x, tasks.support_y, steps).evaluate(tasks.query_x, tasks.query_y)
+    def optimizers(self, lr: float | None = None) -> list[Optimizer]:
+        """SGD of rate 1, by which schedules scale `meta_lr`; `lr` sets that."""
+        if lr is not None:
+            check_number("meta_lr", lr)
+            self.meta_lr = lr
+        return [torch.optim.SGD(self.parameters(), lr=1.0)]
 
+    @torch.no_grad()
+    def forward(self, tasks: TaskBatch, *, steps: int | None = None) -> MetaOutput:
+        """Adapt to every task's support set and judge the result on its query set, without gradient."""
+        return super().forward(tasks, steps=steps)
+
+    @one_task_too
     @torch.no_grad()
     def adapt(
         self,
         support_x: Tensor,
         support_y: Tensor,
-        steps: int | None = None,
         *,
+        steps: int | None = None,
         sample_weight: Tensor | None = None,
         rows: Tensor | None = None,
         initial: Tensor | None = None,
@@ -145,8 +174,8 @@ class Reptile(Learner):
         The batches of `inner_batch` samples are the same at every call and independent of those of `step`.
         """
         if rows is None:
-            rows = self._rows(support_x, support_y, self.problem(steps).steps, torch.Generator().manual_seed(self.seed))
-        return super().adapt(support_x, support_y, steps, sample_weight=sample_weight, rows=rows, initial=initial)
+            rows = self._rows_in_evaluation(support_x, support_y, self.problem(steps).steps)
+        return super().adapt(support_x, support_y, steps=steps, sample_weight=sample_weight, rows=rows, initial=initial)
 
     def get_extra_state(self) -> Tensor:
         """Where the shuffling stands."""
@@ -156,16 +185,21 @@ class Reptile(Learner):
         """Go on shuffling from there."""
         self._generator.set_state(state.cpu())
 
-    def _move(self, tasks: TaskBatch, measure: bool) -> MetaOutput | None:
+    def _move(self, tasks: TaskBatch, measure: bool, move: Move) -> MetaOutput | None:
         """Move the weights towards the mean of the tasks' own; what these achieve, if it is to be measured."""
         problem, x, y = self.problem(), tasks.support_x, tasks.support_y
         support = Support(x, y, rows=self._rows(x, y, self.inner_steps, self._generator))
         query = Query(tasks.query_x, tasks.query_y) if measure else None
         mean, output = adapt_tasks_mean(problem, support, query, self.backend)
         changes = unpack(problem, mean)
-        moved = [problem.parameters[name] for name in problem.rates]
-        _add(moved, [changes[name] for name in problem.rates], self.meta_lr)
+        move([problem.parameters[name] for name in problem.rates], [changes[name] for name in problem.rates])
         return output
+
+    def _support_rows(self, tasks: TaskBatch, steps: int) -> Tensor | None:
+        return self._rows_in_evaluation(tasks.support_x, tasks.support_y, steps)
+
+    def _rows_in_evaluation(self, x: Tensor, y: Tensor, steps: int) -> Tensor | None:
+        return self._rows(x, y, steps, torch.Generator().manual_seed(self.seed))
 
     def _rows(self, x: Tensor, y: Tensor, steps: int, generator: torch.Generator) -> Tensor | None:
         """The samples of each inner step, `[T, K, B]`."""

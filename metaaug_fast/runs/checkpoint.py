@@ -3,14 +3,15 @@
 The state is any nesting of dicts, lists, tuples, numbers, strings, None and tensors, so a learner's, an optimizer's and
 a scheduler's `state_dict()` go in as they are and come out equal, bit for bit. The header's entry `metaaug_fast` holds
 
-    {"version": 2, "state": tree}
+    {"version": 3, "state": tree}
 
 where the tree is the state with a tensor replaced by `{"$tensor": name}`, a tuple by `{"$tuple": [...]}` and a dict
 whose keys are not all plain strings by `{"$pairs": [[key, value], ...]}`. Tensors are named by their path in the state
 (`learner.0.weight`, and `learner.0.weight#2` where two have one path), so any reader of safetensors finds them. The
 header's entry `sha256` is the digest of the file, with zeros in the digest's own place: it finds damage, not malice.
 
-Version 1 had no digest. Such files are read, with a warning: damage in their tensors cannot be seen.
+Version 2 told of runs in another way, with the same digest. Version 1 had no digest: such files are read, with a
+warning, for damage in their tensors cannot be seen.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..files import previous_of, try_writing, write_atomically
 
-VERSION = 2
+VERSION = 3
 _ENTRY, _DIGEST = "metaaug_fast", "sha256"
 _BLANK = "0" * 64
 _DIGEST_FIELD = re.compile(rb'"sha256":"([0-9a-f]{64})"')
@@ -171,7 +172,7 @@ def _header(data: bytes) -> tuple[int, Any]:
     version = content["version"]
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise ValueError(f"its version is {version!r}")
-    if version == VERSION and place is None:
+    if 1 < version <= VERSION and place is None:
         raise ValueError("its digest is missing")
     return version, content["state"]
 

@@ -5,15 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..data import Episodes
-from ..engine.problem import NORMS
-from ..learners.gradient import Learner
-from ..tasks import TaskBatch
+from ..checks import check_integer
+from ..engine.losses import named
+from ..learners.base import Learner, check_steps
+from ..tasks import MetaOutput, TaskBatch
+
+
+class Repeatable(Protocol):
+    """A sequence of batches of `tasks` tasks that can be read anywhere, as `data.Episodes` is."""
+
+    @property
+    def tasks(self) -> int: ...
+    def batch(self, index: int) -> TaskBatch: ...
 
 
 @dataclass(frozen=True)
@@ -22,9 +31,9 @@ class Evaluation:
 
     Args:
         metric: `"accuracy"` (a share, 0 to 1) for classes, otherwise the name of the loss.
-        mean: over episodes. interval: half the 95 % interval, `1.96 sd / sqrt(episodes)`.
-        loss: mean query loss. steps: inner steps taken.
-        transductive: whether batch norm saw the whole query batch, which makes accuracies higher.
+        mean: over episodes. interval: half the 95 % interval, `t sd / sqrt(episodes)` with Student's t (1.96 for many).
+        loss: mean query loss. steps: inner steps taken; None: there is no inner loop.
+        transductive: whether a prediction depends on the other queries, which makes accuracies higher.
         by_step: the mean metric after 0, 1, ... `steps` inner steps, where it was asked for.
     """
 
@@ -33,26 +42,38 @@ class Evaluation:
     interval: float
     loss: float
     episodes: int
-    steps: int
+    steps: int | None
     transductive: bool
     by_step: tuple[float, ...] = ()
+
+    @property
+    def score(self) -> float:
+        """The more the better: the accuracy, or the loss below zero."""
+        return self.mean if self.metric == "accuracy" else -self.mean
 
     def as_dict(self) -> dict[str, Any]:
         """For a JSON report."""
         return asdict(self)
 
     def __str__(self) -> str:
+        about = [f"{self.episodes} episodes"]
+        if self.steps is not None:
+            about.append(f"{self.steps} inner step{'s' * (self.steps != 1)}")
         if self.metric == "accuracy":
+            about.append("transductive" if self.transductive else "not transductive")
             figure = f"accuracy {100 * self.mean:.2f} % +- {100 * self.interval:.2f} %"
-            kind = f", {'transductive' if self.transductive else 'not transductive'}"
         else:
-            figure, kind = f"{self.metric} {self.mean:.4f} +- {self.interval:.4f}", ""
-        steps = f"{self.steps} inner step{'s' * (self.steps != 1)}"
-        return f"{figure} (95 % interval, {self.episodes} episodes, {steps}{kind})"
+            figure = f"{self.metric} {self.mean:.4f} +- {self.interval:.4f}"
+        return f"{figure} (95 % interval, {', '.join(about)})"
 
 
 def evaluate(
-    learner: Learner, episodes: Episodes, count: int = 600, *, steps: int | None = None, by_step: bool = False
+    learner: nn.Module,
+    episodes: Repeatable,
+    count: int = 600,
+    *,
+    steps: int | None = None,
+    by_step: bool = False,
 ) -> Evaluation:
     """Adapt to `count` episodes without gradients and judge the adapted tasks on their queries.
 
@@ -60,69 +81,101 @@ def evaluate(
     learner's modules are in evaluation mode meanwhile (no dropout).
 
     Args:
-        learner: MAML, Reptile or another with `forward(tasks, steps=...)` to a `MetaOutput`.
+        learner: a `Learner`, or one inside of `DistributedDataParallel`.
         episodes: of unseen classes; their `tasks` is how many are adapted at once.
         count: how many episodes, at least 2; the field reports 600 or more.
         steps: inner steps, the learner's own by default.
-        by_step: also the metric after every smaller number of steps.
+        by_step: also the metric after every smaller number of steps, from the same pass.
 
     Raises:
-        ValueError: fewer than two episodes, or a negative number of steps.
+        TypeError: `learner` is none.
+        ValueError: fewer than two episodes, a negative number of steps, or steps without an inner loop.
 
     >>> import metaaug_fast as mf
     >>> learner = mf.MAML(mf.models.mlp([1, 8, 1]), inner_lr=0.01, loss="mse")
-    >>> evaluate(learner, Episodes(mf.data.Sinusoids(), shots=5, queries=5, tasks=10), 25).episodes
+    >>> evaluate(learner, mf.data.Episodes(mf.data.Sinusoids(), shots=5, queries=5, tasks=10), 25).episodes
     25
     """
+    learner = learner_in(learner)
+    check_integer("count", count)
     if count < 2:
         raise ValueError(f"count must be >= 2 episodes, an interval needs a spread (got {count})")
-    problem = learner.problem()
-    steps = problem.steps if steps is None else steps
-    if steps < 0:
-        raise ValueError(f"steps must be >= 0 (got {steps})")
-    wanted = range(steps + 1) if by_step else [steps]
-    device = next(learner.parameters()).device
-    found: dict[int, list[Tensor]] = {number: [] for number in wanted}
-    losses: list[Tensor] = []
+    taken = learner.inner_steps if check_steps(learner, steps) is None else steps
+    if by_step and taken is None:
+        raise ValueError(f"by_step must be False for {type(learner).__name__}, which has no inner loop (got True)")
+    device = device_of(learner)
+    judged: list[list[MetaOutput]] = []  # batch by batch, step by step
     training = learner.training
     learner.eval()
     try:
         with torch.no_grad():
             for tasks in _first(episodes, count):
                 tasks = tasks.to(device)
-                for number in wanted:
-                    out = learner(tasks, steps=number)
-                    found[number].append(out.task_losses if out.accuracy is None else out.accuracy)
-                losses.append(out.task_losses)
+                judged.append(learner.by_step(tasks, steps) if by_step else [learner(tasks, steps=steps)])
     finally:
         learner.train(training)
-    values = {number: torch.cat(each).double().cpu() for number, each in found.items()}
-    loss = problem.loss if isinstance(problem.loss, str) else problem.loss.__name__
+    last = [outputs[-1] for outputs in judged]
+    accurate = last[0].accuracy is not None
+    values = torch.cat([_metric(output) for output in last]).double().cpu()
+    means = [torch.cat([_metric(output) for output in each]).double().mean() for each in zip(*judged, strict=True)]
     return Evaluation(
-        metric=loss if out.accuracy is None else "accuracy",
-        mean=float(values[steps].mean()),
-        interval=1.96 * float(values[steps].std()) / math.sqrt(count),
-        loss=float(torch.cat(losses).double().mean()),
+        metric="accuracy" if accurate else _name(getattr(learner, "loss", "loss")),
+        mean=float(values.mean()),
+        interval=_student(count - 1) * float(values.std()) / math.sqrt(count),
+        loss=float(torch.cat([output.task_losses for output in last]).double().mean()),
         episodes=count,
-        steps=steps,
-        transductive=is_transductive(learner),
-        by_step=tuple(float(value.mean()) for value in values.values()) if by_step else (),
+        steps=taken,
+        transductive=learner.transductive,
+        by_step=tuple(map(float, means)) if by_step else (),
     )
 
 
-def is_transductive(learner: Learner) -> bool:
-    """Whether an evaluation's batch norms take their statistics from the queries.
-
-    >>> import metaaug_fast as mf
-    >>> is_transductive(mf.MAML(mf.models.conv4(ways=5))), is_transductive(mf.MAML(mf.models.mlp([1, 8, 1])))
-    (True, False)
-    """
-    problem = learner.problem()
-    return problem.batch_norm in ("batch", "per_step") and any(isinstance(m, NORMS) for m in problem.model.modules())
+def learner_in(module: nn.Module) -> Learner:
+    """The learner, taken out of a wrapper such as DDP; TypeError if there is none."""
+    inside = module if isinstance(module, Learner) else getattr(module, "module", None)
+    if not isinstance(inside, Learner):
+        raise TypeError(f"learner must be a Learner (got {type(module).__name__})")
+    return inside
 
 
-def _first(episodes: Episodes, count: int) -> Iterator[TaskBatch]:
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's first parameter or buffer lies; the CPU if it has none."""
+    return next((held.device for held in chain(module.parameters(), module.buffers())), torch.device("cpu"))
+
+
+def _metric(output: MetaOutput) -> Tensor:
+    return output.task_losses if output.accuracy is None else output.accuracy
+
+
+def _name(loss: Any) -> str:
+    loss = named(loss)[0] if callable(loss) else loss
+    return loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
+
+
+def _first(episodes: Repeatable, count: int) -> Iterator[TaskBatch]:
     """The first `count` tasks of the sequence, in batches."""
     for index in range(math.ceil(count / episodes.tasks)):
         batch, left = episodes.batch(index), count - index * episodes.tasks
         yield batch[:left] if left < batch.tasks else batch
+
+
+def _student(freedom: int) -> float:
+    """Student's t for a 95 % interval, for so many degrees of freedom.
+
+    Bisects the closed form of its distribution (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4).
+
+    >>> [round(_student(freedom), 3) for freedom in (1, 2, 9, 599)]
+    [12.706, 4.303, 2.262, 1.964]
+    """
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        angle = (low + high) / 2
+        sine, cosine = math.sin(angle), math.cos(angle)
+        term, total = (cosine, 0.0) if freedom % 2 else (1.0, 0.0)
+        for index in range(freedom // 2):
+            total += term
+            step = 2 * index + 2 if freedom % 2 else 2 * index + 1
+            term *= cosine**2 * step / (step + 1)
+        inside = (angle + sine * total) * 2 / math.pi if freedom % 2 else sine * total
+        low, high = (angle, high) if inside < 0.95 else (low, angle)
+    return math.sqrt(freedom) * math.tan(low)

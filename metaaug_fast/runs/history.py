@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+EARLY = "early stopping"
+
 
 @dataclass(frozen=True)
 class Point:
@@ -19,11 +21,12 @@ class Point:
 
 @dataclass(frozen=True)
 class ValidationPoint:
-    """What `evaluate` found after so many meta-steps: the mean and half its 95 % interval."""
+    """What `evaluate` found after so many meta-steps: the mean, half its 95 % interval, and the score to compare by."""
 
     step: int
     mean: float
     interval: float
+    score: float
 
 
 @dataclass
@@ -31,13 +34,18 @@ class History:
     """What a run did.
 
     training, validation: the curves. seconds: time in meta-steps, validation and checkpoints left out, summed over
-    resumed runs. stopped_by: the signal that ended it early, or None.
+    resumed runs. stopped_by: the signal that ended it early, "early stopping", or None.
     """
 
     training: list[Point] = field(default_factory=list)
     validation: list[ValidationPoint] = field(default_factory=list)
     seconds: float = 0.0
     stopped_by: str | None = None
+
+    @property
+    def best(self) -> ValidationPoint | None:
+        """The first of the best validations."""
+        return max(self.validation, key=lambda point: point.score, default=None)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dicts and lists, for a report or a checkpoint."""
@@ -48,7 +56,7 @@ class History:
         """The inverse of `as_dict`; ValueError or TypeError if `content` is something else."""
         history = cls(
             [Point(**point) for point in content["training"]],
-            [ValidationPoint(**point) for point in content["validation"]],
+            [ValidationPoint(**{"score": point["mean"], **point}) for point in content["validation"]],
             content["seconds"],
             content["stopped_by"],
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,8 +34,8 @@ class Run:
 
     learner: nn.Module
     episodes: Resumable
-    optimizer: Optimizer | None
-    scheduler: LRScheduler | None
+    optimizers: Sequence[Optimizer]
+    schedulers: Sequence[LRScheduler]
     config: dict[str, Any]
     step: int = 0
     history: History = field(default_factory=History)
@@ -46,7 +46,7 @@ class Run:
 
     def try_saving(self, path: str | Path) -> None:
         """See whether `save` will succeed; room is asked for two moments of every weight, as Adam keeps."""
-        weights = [] if self.optimizer is None or self.optimizer.state else _parameters(self.optimizer)
+        weights = [each for optimizer in self.optimizers if not optimizer.state for each in _parameters(optimizer)]
         checkpoints.try_saving(path, self._state(), more=2 * sum(each.nbytes for each in weights))
 
     def resume(self, path: str | Path) -> Path:
@@ -65,56 +65,67 @@ class Run:
         return path
 
     def _state(self) -> dict[str, Any]:
-        parts = {name: part and part.state_dict() for name, part in self._parts().items()}
         return {
             "config": self.config,
             "step": self.step,
-            **parts,
-            "kinds": {name: type(part).__name__ for name, part in self._torch_parts().items()},
+            "episodes": self.episodes.state_dict(),
+            "learner": self.learner.state_dict(),
+            **{name: [part.state_dict() for part in parts] for name, parts in self._torch_parts().items()},
+            "kinds": {name: [type(part).__name__ for part in parts] for name, parts in self._torch_parts().items()},
             "generator": torch.get_rng_state(),
             "history": self.history.as_dict(),
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
+        state = _upgraded(state)
         step, history = state["step"], History.from_dict(state["history"])
-        check_count("step", step)
+        check_stored_count("step", step)
         torch.Generator().set_state(state["generator"])  # refuses what is no state
         self._check(state)
-        parts = {name: part for name, part in self._parts().items() if part is not None}
-        before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
+        pairs: list[tuple[Any, Any]] = [(self.episodes, state["episodes"]), (self.learner, state["learner"])]
+        for name, parts in self._torch_parts().items():
+            pairs += zip(parts, state[name], strict=True)
+        before = [copy.deepcopy(part.state_dict()) for part, _ in pairs]
         try:
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
+            for part, own in pairs:
+                part.load_state_dict(own)
         except Exception:
-            for name, part in parts.items():
-                part.load_state_dict(before[name])
+            for (part, _), own in zip(pairs, before, strict=True):
+                part.load_state_dict(own)
             raise
         torch.set_rng_state(state["generator"])
         history.stopped_by = None
         self.step, self.history = step, history
 
     def _check(self, state: Mapping[str, Any]) -> None:
-        check_learner(self.learner, state["learner"])
-        kinds = state.get("kinds", {})
-        for name, part in self._torch_parts().items():
-            if (part is None) != (state[name] is None):
-                raise ValueError(f"{name}: one has it, the other has not")
-            kind = type(part).__name__
-            if kinds.get(name, kind) != kind:
-                raise ValueError(f"{name} must be {kinds[name]} (got {kind})")
-        if self.optimizer is not None:
-            _check_optimizer(self.optimizer, state["optimizer"])
-        if self.scheduler is not None:
-            _check_scheduler(self.scheduler, state["scheduler"])
+        check_state(self.learner, state["learner"])
+        for name, parts in self._torch_parts().items():
+            kinds = [type(part).__name__ for part in parts]
+            wanted = state["kinds"].get(name, kinds)
+            if kinds != wanted:
+                raise ValueError(f"{name} must be {', '.join(wanted) or 'none'} (got {', '.join(kinds) or 'none'})")
+            for part, own in zip(parts, state[name], strict=True):
+                _CHECKS[name](part, own)
 
-    def _parts(self) -> dict[str, Any]:
-        return {"episodes": self.episodes, "learner": self.learner, **self._torch_parts()}
-
-    def _torch_parts(self) -> dict[str, Optimizer | LRScheduler | None]:
-        return {"optimizer": self.optimizer, "scheduler": self.scheduler}
+    def _torch_parts(self) -> dict[str, Sequence[Any]]:
+        return {"optimizers": self.optimizers, "schedulers": self.schedulers}
 
 
-def check_learner(learner: nn.Module, state: Any) -> None:
+def _upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state of version 1 or 2, which had one optimizer and one scheduler or none, as one of today."""
+    if "optimizer" not in state:
+        return state
+    if state["optimizer"] is None:
+        raise ValueError(
+            "an older metaaug_fast wrote it, whose learner had no optimizer: it can be loaded, but not gone on from"
+        )
+    old = {name: state[name] for name in ("optimizer", "scheduler")}
+    kinds = {f"{name}s": [kind] for name, kind in state.get("kinds", {}).items() if old[name] is not None}
+    lists = {f"{name}s": [] if each is None else [each] for name, each in old.items()}
+    return {**state, **lists, "kinds": kinds}
+
+
+def check_state(learner: nn.Module, state: Any) -> None:
     """ValueError unless `state` has the learner's tensors, with their shapes and dtypes."""
     # A module judges its extra state itself.
     own, given = (
@@ -124,7 +135,7 @@ def check_learner(learner: nn.Module, state: Any) -> None:
     _check_same("learner", own, given)
 
 
-def check_count(name: str, value: Any) -> None:
+def check_stored_count(name: str, value: Any) -> None:
     """ValueError unless it is an integer >= 0, or a tensor that holds one."""
     number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     if isinstance(number, float) and isinstance(value, Tensor) and math.isfinite(number) and number == int(number):
@@ -141,7 +152,7 @@ def _check_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
             raise ValueError(f"optimizer has no parameter {index}")
         _check_same(f"optimizer.{index}", _without_none(expected[index]), _without_none(given))
         if isinstance(given, Mapping) and "step" in given:
-            check_count(f"optimizer.{index}.step", given["step"])
+            check_stored_count(f"optimizer.{index}.step", given["step"])
 
 
 def _stepped(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -167,7 +178,7 @@ def _check_scheduler(scheduler: LRScheduler, state: Mapping[str, Any]) -> None:
         if isinstance(value, list) and name in state:
             _check_same(f"scheduler.{name}", value, state[name])
     for name in {"last_epoch", "_step_count"} & set(state):
-        check_count(f"scheduler.{name}", state[name])
+        check_stored_count(f"scheduler.{name}", state[name])
 
 
 def _check_same(name: str, own: Any, given: Any) -> None:
@@ -201,6 +212,9 @@ def _form(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{list(value.shape)} {value.dtype}"
     return f"{len(value)}" if isinstance(value, (list, tuple)) else type(value).__name__
+
+
+_CHECKS: Mapping[str, Callable[[Any, Any], None]] = {"optimizers": _check_optimizer, "schedulers": _check_scheduler}
 
 
 def _without_none(state: Any) -> Any:

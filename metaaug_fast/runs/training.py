@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import os
 import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 
 from .. import files
-from ..tasks import TaskBatch
-from .evaluation import Evaluation
-from .history import History, Point, ValidationPoint
+from ..checks import check_choice, check_count, check_flag, check_number
+from ..errors import NonFiniteError
+from ..learners.base import Learner, gradient_step
+from ..tasks import MetaOutput, TaskBatch
+from .evaluation import Evaluation, device_of, learner_in
+from .history import EARLY, History, Point, ValidationPoint
 from .resume import Resumable, Run
 
 POINTS = 200
@@ -32,11 +38,16 @@ def train(
     episodes: Resumable,
     steps: int,
     *,
-    optimizer: Optimizer | None = None,
-    scheduler: LRScheduler | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    scheduler: LRScheduler | Sequence[LRScheduler] | None = None,
+    meta_lr: float | None = None,
+    schedule: str = "constant",
+    clip_norm: float | None = None,
     before_step: Callable[[int], None] | None = None,
     validate: Callable[[], Evaluation] | None = None,
     validate_every: int = 500,
+    patience: int | None = None,
+    keep_best: bool = False,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 500,
     resume: str | Path | None = None,
@@ -46,47 +57,86 @@ def train(
     """Run meta-steps until `steps` are done in all, or until SIGINT or SIGTERM (a second one interrupts at once).
 
     Args:
-        learner: one with a meta-loss, `learner(tasks)`, where an optimizer is given; otherwise one that updates itself,
-            `learner.step(tasks)`, as Reptile does.
+        learner: a `Learner`, or one inside of `DistributedDataParallel`, whose `meta_step` is then the default one.
         episodes: where `next(episodes)` is a batch of tasks.
         steps: meta-steps in all, those before a resumption included.
-        optimizer: of the learner's parameters. scheduler: of that optimizer, stepped after it; not ReduceLROnPlateau.
-        before_step: called with the number of meta-steps done, for example to set `reptile.meta_lr`.
+        optimizer: what `learner.meta_step` steps. None: `learner.optimizers(meta_lr)`.
+        scheduler: of these optimizers, stepped after each meta-step; not ReduceLROnPlateau.
+        meta_lr: the meta-learning rate where no optimizer is given; None: the learner's own.
+        schedule: what becomes of the rate, where no scheduler is given: "constant", "linear" (to 0), "cosine" (to 0) or
+            "halving" (halved after each 2,000 meta-steps, as for Prototypical Networks).
+        clip_norm: each optimizer's gradient is scaled down to this norm if it is longer.
+        before_step: called with the number of meta-steps done, for example to change a setting of the learner.
         validate: called every `validate_every` steps and at the end, for example a call of `evaluate`; no gradient.
+        patience: stop after so many validations without a better one.
+        keep_best: write the state after the best validation beside `checkpoint`, as `NAME.best.SUFFIX`.
         checkpoint: a file to write every `checkpoint_every` steps, at the end and at a stop. It holds the learner, the
-            optimizer, the scheduler, the place in the episodes, torch's CPU generator, the history and `config`. The
+            optimizers, the schedulers, the place in the episodes, torch's CPU generator, the history and `config`. The
             file before is kept as `NAME.previous.SUFFIX`. It is tried before any work, and no other run may write it
             meanwhile.
         resume: a checkpoint to go on from, exactly as if there had been no stop. Where it is damaged, a warning says
             so, and the run goes on from the file before.
-        config: anything JSON, kept in the checkpoint for the caller.
+        config: anything JSON, kept in the checkpoint for the caller; `mf.load` reads the configuration of a run there.
         progress: a bar with loss, accuracy and tasks per second.
 
     Raises:
-        ValueError: a count is out of range, or the scheduler cannot be stepped.
+        TypeError: `learner` is none.
+        ValueError: an argument is out of range or does not go with another.
         FileNotFoundError, CheckpointError: the checkpoint to resume is missing, damaged, or does not fit; the learner,
-            the optimizer, the scheduler, the episodes and torch's generator are as they were.
+            the optimizers, the episodes and torch's generator are as they were.
         FileWriteError: `checkpoint` cannot be written, or another run writes it.
         NonFiniteError: a loss is NaN or infinite; the last checkpoint stays as it was.
 
     >>> import torch, metaaug_fast as mf
     >>> learner = mf.MAML(mf.models.mlp([1, 8, 1]), inner_lr=0.01, loss="mse")
     >>> episodes = mf.data.Episodes(mf.data.Sinusoids(), shots=5, queries=5, tasks=4)
-    >>> optimizer = torch.optim.Adam(learner.parameters(), 1e-3)
-    >>> train(learner, episodes, steps=3, optimizer=optimizer, progress=False).training[-1].step
+    >>> train(learner, episodes, steps=3, meta_lr=1e-3, progress=False).training[-1].step
     3
     """
+    inside = learner_in(learner)
     for name, count in (("steps", steps), ("validate_every", validate_every), ("checkpoint_every", checkpoint_every)):
-        if count < 1:
-            raise ValueError(f"{name} must be >= 1 (got {count})")
-    _check_scheduler(scheduler, optimizer)
-    run = Run(learner, episodes, optimizer, scheduler, dict(config or {}))
-    with files.claimed(checkpoint) if checkpoint is not None else contextlib.nullcontext():
+        check_count(name, count, low=1)
+    if patience is not None:
+        check_count("patience", patience, low=1)
+    if clip_norm is not None:
+        check_number("clip_norm", clip_norm)
+    check_flag("keep_best", keep_best)
+    if validate is None and (patience is not None or keep_best):
+        raise ValueError(f"{'keep_best' if keep_best else 'patience'} needs validate (got None)")
+    if keep_best and checkpoint is None:
+        raise ValueError("keep_best needs checkpoint, beside which it writes (got None)")
+    if learner is not inside and type(inside).meta_step is not Learner.meta_step:
+        raise ValueError(
+            f"learner must not be wrapped: {type(inside).__name__} updates itself (got {type(learner).__name__})"
+        )
+    if optimizer is None:
+        optimizers = inside.optimizers(meta_lr)
+    else:
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        if meta_lr is not None:
+            raise ValueError(f"meta_lr must be None where an optimizer is given, which has its own (got {meta_lr})")
+    if scheduler is None:
+        schedulers = make_schedulers(schedule, optimizers, steps)
+    else:
+        schedulers = [scheduler] if isinstance(scheduler, LRScheduler) else list(scheduler)
+        if schedule != "constant":
+            raise ValueError(f"schedule must be 'constant' where a scheduler is given (got {schedule!r})")
+    _check_schedulers(schedulers, optimizers)
+    run = Run(inside, episodes, optimizers, schedulers, dict(config or {}))
+    best = None if checkpoint is None or not keep_best else files.best_of(checkpoint)
+    with contextlib.ExitStack() as stack:
+        targets: list[str | Path] = [path for path in (checkpoint, best) if path is not None]
+        for path in targets:
+            stack.enter_context(files.claimed(path))
         source = None if resume is None else run.resume(resume)
-        if checkpoint is not None:
-            run.try_saving(checkpoint)
+        for path in targets:
+            run.try_saving(path)
         if run.step < steps:
-            _loop(run, steps, before_step, validate, validate_every, checkpoint, checkpoint_every, progress)
+            stack.enter_context(_clipped(optimizers, clip_norm))
+            update = inside.meta_step if learner is inside else functools.partial(gradient_step, learner)
+            _Loop(
+                run, steps, update, before_step, validate, validate_every, patience, checkpoint, best, checkpoint_every
+            ).go(progress)
         else:
             warnings.warn(
                 f"{source} has {run.step} meta-steps already, so none is added (steps is {steps})", stacklevel=2
@@ -96,77 +146,126 @@ def train(
     return run.history
 
 
-def _loop(
-    run: Run,
-    steps: int,
-    before_step: Callable[[int], None] | None,
-    validate: Callable[[], Evaluation] | None,
-    validate_every: int,
-    checkpoint: str | Path | None,
-    checkpoint_every: int,
-    progress: bool,
-) -> None:
-    device = next(run.learner.parameters()).device
-    recorded, shown = _Meter(), _Meter()
-    every = max(1, steps // POINTS)
-    shown_at = 0.0
-    with (
-        _stop_signals() as received,
-        tqdm(total=steps, initial=run.step, desc="training", unit="step", disable=not progress) as bar,
-    ):
-        while run.step < steps:
-            started = time.perf_counter()
-            if before_step is not None:
-                before_step(run.step)
-            tasks = next(run.episodes).to(device)
-            loss, accuracy = _update(run, tasks)
-            seconds = time.perf_counter() - started
-            for meter in (recorded, shown):
-                meter.add(loss, accuracy, tasks.tasks, seconds)
-            run.history.seconds += seconds
-            bar.update()
-            if validate is not None and (run.step == steps or run.step % validate_every == 0):
-                found = validate()
-                run.history.validation.append(ValidationPoint(run.step, found.mean, found.interval))
-            # Read once: a signal that comes later stops the next step.
-            stopped_by = received[0].name if received else None
-            last = run.step == steps or stopped_by is not None
-            if last or time.monotonic() - shown_at > 0.2:
-                bar.set_postfix_str(_describe(shown.point(run.step)), refresh=last)
-                shown, shown_at = _Meter(), time.monotonic()
-            saves = checkpoint is not None and (last or run.step % checkpoint_every == 0)
-            if last or saves or run.step % every == 0:
-                run.history.training.append(recorded.point(run.step))
-                recorded = _Meter()
-            run.history.stopped_by = stopped_by
-            if checkpoint is not None and saves:
-                run.save(checkpoint)
-            if stopped_by is not None:
-                break
+@dataclass
+class _Loop:
+    """Meta-steps, and what comes between them."""
+
+    run: Run
+    steps: int
+    update: Callable[[TaskBatch, Sequence[Optimizer]], MetaOutput]
+    before_step: Callable[[int], None] | None
+    validate: Callable[[], Evaluation] | None
+    validate_every: int
+    patience: int | None
+    checkpoint: str | Path | None
+    best: str | Path | None
+    checkpoint_every: int
+
+    def go(self, progress: bool) -> None:
+        """Until all steps are done, or something ends them."""
+        run, history = self.run, self.run.history
+        device = device_of(run.learner)
+        recorded, shown = _Meter(), _Meter()
+        every = max(1, self.steps // POINTS)
+        shown_at = 0.0
+        with (
+            _stop_signals() as received,
+            tqdm(total=self.steps, initial=run.step, desc="training", unit="step", disable=not progress) as bar,
+        ):
+            while run.step < self.steps and history.stopped_by is None:
+                started = time.perf_counter()
+                if self.before_step is not None:
+                    self.before_step(run.step)
+                tasks = next(run.episodes).to(device)
+                out = self.update(tasks, run.optimizers)
+                for scheduler in run.schedulers:
+                    scheduler.step()
+                run.step += 1
+                seconds = time.perf_counter() - started
+                for meter in (recorded, shown):
+                    meter.add(out, tasks.tasks, seconds)
+                history.seconds += seconds
+                bar.update()
+                improved = self._validated()
+                # Read once: a signal that comes later stops the next step.
+                if received:
+                    history.stopped_by = received[0].name
+                last = run.step == self.steps or history.stopped_by is not None
+                if last or time.monotonic() - shown_at > 0.2:
+                    bar.set_postfix_str(_describe(shown.point(run.step)), refresh=last)
+                    shown, shown_at = _Meter(), time.monotonic()
+                saves = self.checkpoint is not None and (last or run.step % self.checkpoint_every == 0)
+                if last or saves or improved or run.step % every == 0:
+                    history.training.append(_finite(recorded.point(run.step)))
+                    recorded = _Meter()
+                if self.best is not None and improved:
+                    run.save(self.best)
+                if self.checkpoint is not None and saves:
+                    run.save(self.checkpoint)
+
+    def _validated(self) -> bool:
+        """Whether it was time to validate, and the learner was better than ever."""
+        run, history = self.run, self.run.history
+        if self.validate is None or (run.step != self.steps and run.step % self.validate_every):
+            return False
+        found = self.validate()
+        best = history.best
+        history.validation.append(ValidationPoint(run.step, found.mean, found.interval, found.score))
+        if best is None or found.score > best.score:
+            return True
+        since = sum(point.step > best.step for point in history.validation)
+        if self.patience is not None and since >= self.patience:
+            history.stopped_by = EARLY
+        return False
 
 
-def _check_scheduler(scheduler: LRScheduler | None, optimizer: Optimizer | None) -> None:
-    if isinstance(scheduler, ReduceLROnPlateau):
-        raise ValueError(
-            "scheduler must be one that steps without a metric (got ReduceLROnPlateau; step it yourself in validate)"
-        )
-    if scheduler is not None and scheduler.optimizer is not optimizer:
-        raise ValueError("scheduler must be one of the optimizer that is given (got another's)")
+def make_schedulers(schedule: str, optimizers: Sequence[Optimizer], steps: int) -> list[LRScheduler]:
+    """Schedulers that scale each optimizer's rate over `steps` meta-steps as `train` says; none for "constant"."""
+    check_choice("schedule", schedule, SCHEDULES)
+    if schedule == "constant":
+        return []
+    return [LambdaLR(optimizer, functools.partial(SCHEDULES[schedule], steps)) for optimizer in optimizers]
 
 
-def _update(run: Run, tasks: TaskBatch) -> tuple[Tensor, Tensor | None]:
-    """One meta-step; its mean loss and accuracy."""
-    if run.optimizer is None:
-        out = run.learner.step(tasks)  # type: ignore[operator]
-    else:
-        out = run.learner(tasks)
-        run.optimizer.zero_grad()
-        out.loss.backward()
-        run.optimizer.step()
-        if run.scheduler is not None:
-            run.scheduler.step()
-    run.step += 1
-    return out.loss.detach(), None if out.accuracy is None else out.accuracy.mean()
+SCHEDULES: Mapping[str, Callable[[int, int], float]] = {
+    "constant": lambda steps, done: 1.0,
+    "linear": lambda steps, done: max(0.0, 1 - done / steps),
+    "cosine": lambda steps, done: 0.5 * (1 + math.cos(math.pi * min(1.0, done / steps))),
+    "halving": lambda steps, done: 0.5 ** (done // 2000),
+}
+"""What a rate is multiplied by after so many of all meta-steps."""
+
+
+def _check_schedulers(schedulers: Sequence[LRScheduler], optimizers: Sequence[Optimizer]) -> None:
+    for scheduler in schedulers:
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise ValueError(
+                "scheduler must be one that steps without a metric (got ReduceLROnPlateau; step it in validate)"
+            )
+        if not any(scheduler.optimizer is optimizer for optimizer in optimizers):
+            raise ValueError("scheduler must be one of the optimizer that is given (got another's)")
+
+
+@contextlib.contextmanager
+def _clipped(optimizers: Sequence[Optimizer], norm: float | None) -> Iterator[None]:
+    """Meanwhile each optimizer clips its gradient before it steps, whoever makes it step."""
+
+    def clip(optimizer: Optimizer, *_: Any) -> None:
+        parameters = (each for group in optimizer.param_groups for each in group["params"])
+        nn.utils.clip_grad_norm_(parameters, float(norm or 0))
+
+    hooks = [] if norm is None else [each.register_step_pre_hook(clip) for each in optimizers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _finite(point: Point) -> Point:
+    if not math.isfinite(point.loss):
+        raise NonFiniteError(f"the meta-loss is {point.loss} in one of the meta-steps up to {point.step}")
+    return point
 
 
 class _Meter:
@@ -178,9 +277,9 @@ class _Meter:
         self.steps = self.tasks = 0
         self.seconds = 0.0
 
-    def add(self, loss: Tensor, accuracy: Tensor | None, tasks: int, seconds: float) -> None:
-        self.loss = self.loss + loss
-        self.accuracy = None if accuracy is None or self.accuracy is None else self.accuracy + accuracy
+    def add(self, out: MetaOutput, tasks: int, seconds: float) -> None:
+        self.loss = self.loss + out.loss.detach()
+        self.accuracy = None if out.accuracy is None or self.accuracy is None else self.accuracy + out.accuracy.mean()
         self.steps += 1
         self.tasks += tasks
         self.seconds += seconds

@@ -12,7 +12,8 @@ from metaaug_fast import MAML, models
 from metaaug_fast.bench.worker import cores
 from metaaug_fast.cli.main import main
 from metaaug_fast.errors import out_of_memory
-from metaaug_fast.runs import recipes
+from metaaug_fast.runs.build import make_model
+from metaaug_fast.runs.config import Part
 
 TRAIN = ["train", "maml", "--data", "sinusoid", "--steps", "2", "--episodes", "4", "--validation-episodes", "2"]
 TRAIN += ["--quiet"]
@@ -36,19 +37,19 @@ def one_line(arguments, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        *[([*TRAIN, option, HUGE], f"argument {option}: {LIMIT}") for option in (
-            "--tasks", "--shots", "--queries", "--ways", "--test-steps", "--inner-steps", "--episodes", "--steps",
+        *[([*TRAIN, f"--{name.replace('_', '-')}", HUGE], f"{name} must be below 2**31 (got {HUGE})") for name in (
+            "tasks", "shots", "queries", "ways", "test_steps", "inner_steps", "episodes", "steps",
         )],
         (["explain", "--model", "conv4", "--samples", HUGE], LIMIT),
         (["explain", "--model", "conv4", "--shape", f"1,{HUGE}"], LIMIT),
         (["bench", "--rounds", HUGE], LIMIT),
-        ([*TRAIN, "--tasks", "²"], "argument --tasks: must be an integer >= 1 (got ²)"),
-        ([*TRAIN, "--tasks", ""], "argument --tasks: must be an integer >= 1 (got )"),
-        ([*TRAIN, "--episodes", "1"], "argument --episodes: must be an integer >= 2 (got 1)"),
-        ([*TRAIN, "--validation-episodes", "1"], "argument --validation-episodes: must be an integer >= 2 (got 1)"),
-        (["evaluate", "x", "--episodes", "1"], "argument --episodes: must be an integer >= 2 (got 1)"),
-        ([*TRAIN, "--seed", str(2**64)], f"seed must be < 2**63 (got {2**64})"),
+        ([*TRAIN, "--tasks", "²"], "sampling.tasks must be an integer (got ²)"),
+        ([*TRAIN, "--tasks", ""], "sampling.tasks must be an integer (got )"),
+        ([*TRAIN, "--episodes", "1"], "episodes must be >= 2 (got 1)"),
+        ([*TRAIN, "--validation-episodes", "1"], "validation_episodes must be >= 2 (got 1)"),
+        ([*TRAIN, "--seed", str(2**64)], f"seed must be below 2**63 (got {2**64})"),
         (["train", "reptile", *TRAIN[2:], "--meta-lr", "1e308"], "meta_lr must be > 0 and finite in float32 (got 1e+"),
+        ([*TRAIN, "--meta-lr", "0"], "meta_lr must be > 0 and finite in float32 (got 0.0)"),
     ],
 )  # fmt: skip
 def test_numbers_out_of_range(arguments, message, capsys, tmp_path, monkeypatch):
@@ -111,7 +112,7 @@ def test_a_bug_of_ours_is_a_traceback(monkeypatch):
         def broken(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr("metaaug_fast.cli.main.explain", broken)
+        monkeypatch.setattr("metaaug_fast.cli.explain.explain", broken)
         with pytest.raises(type(error), match="a bug"):
             main(["explain", "--model", "mlp"])
 
@@ -141,6 +142,12 @@ MODULES = {
 }
 
 
+@pytest.fixture
+def own_modules(own_code):
+    for name, content in MODULES.items():
+        own_code(name, content)
+
+
 @pytest.mark.parametrize("command", [TRAIN, ["explain"]], ids=["train", "explain"])
 @pytest.mark.parametrize(
     ("model", "message"),
@@ -156,29 +163,27 @@ MODULES = {
         ("own:", "model 'own:' cannot be imported (AttributeError: "),
         ("own:number", "model 'own:number' must be an nn.Module or make one (got int)"),
         ("own:nothing", "model 'own:nothing' must be an nn.Module or make one (got NoneType)"),
-        ("own:needs", "model 'own:needs' cannot be made (TypeError: needs() missing 1 required"),
         ("own:raises", "model 'own:raises' cannot be made (RuntimeError: first second)"),
         ("own:raises_key", "model 'own:raises_key' cannot be made (KeyError: 'k')"),
         ("own:exits", "model 'own:exits' cannot be made (SystemExit: 3)"),
     ],
 )  # fmt: skip
-def test_models_whose_code_fails(command, model, message, capsys, tmp_path, monkeypatch):
-    for name, content in MODULES.items():
-        (tmp_path / f"{name}.py").write_text(content)
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
+def test_models_whose_code_fails(command, model, message, capsys, own_modules):
     assert message in one_line([*command, "--model", model], capsys)
     with pytest.raises(ValueError, match="model") as raised:
-        recipes.make_model(model)
+        make_model(Part(model, {}))
     assert raised.value.__cause__ is not None or "must be" in message
 
 
-def test_models_whose_forward_fails(capsys, tmp_path, monkeypatch):
-    (tmp_path / "own.py").write_text(OWN)
-    monkeypatch.delitem(sys.modules, "own", raising=False)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
+def test_arguments_of_a_model_that_nobody_gives(capsys, own_modules):
+    assert "model.x must be given: own:needs has no default for it" in one_line(
+        [*TRAIN, "--model", "own:needs"], capsys
+    )
+    message = "model 'own:needs' cannot be made (TypeError: needs() missing 1 required"
+    assert message in one_line(["explain", "--model", "own:needs"], capsys)
+
+
+def test_models_whose_forward_fails(capsys, own_modules):
     message = "model must accept samples of shape (1,) (got KeyError: 'missing')"
     assert message in one_line([*TRAIN, "--model", "own:fails"], capsys)
 

@@ -49,7 +49,7 @@ def test_train_resume_and_evaluate(tmp_path):
     assert report["evaluation"]["episodes"] == 20
     assert report["evaluation"]["metric"] == "mse"
     assert len(report["evaluation"]["by_step"]) == 2
-    assert report["settings"]["tasks"] == 4
+    assert report["config"]["sampling"]["tasks"] == 4
     assert report["history"]["training"][-1]["step"] == 12
     assert report["history"]["validation"]
 
@@ -63,31 +63,14 @@ def test_train_resume_and_evaluate(tmp_path):
 
 def test_reptile_and_other_options(tmp_path, capsys):
     out = tmp_path / "r.safetensors"
-    assert (
-        main(["train", "reptile", *SINUSOID, "--inner-steps", "3", "--inner-batch", "4", "--out", str(out), "--quiet"])
-        == 0
-    )
-    assert (
-        main(
-            [
-                "evaluate",
-                str(out),
-                "--episodes",
-                "8",
-                "--test-steps",
-                "4",
-                "--shots",
-                "5",
-                "--plot",
-                str(tmp_path / "r.png"),
-            ]
-        )
-        == 0
-    )
+    inner = ["--inner-steps", "3", "--inner-batch", "4"]
+    assert main(["train", "reptile", *SINUSOID, *inner, "--out", str(out), "--quiet"]) == 0
+    again = ["evaluate", str(out), "--episodes", "8", "--test-steps", "4", "--shots", "5"]
+    assert main([*again, "--plot", str(tmp_path / "r.png")]) == 0
     assert (tmp_path / "r.png").exists()
     report = json.loads((tmp_path / "r.evaluation.json").read_text())
     assert report["evaluation"]["steps"] == 4
-    assert report["settings"]["shots"] == 5
+    assert report["config"]["sampling"]["shots"] == 5
     assert "after 0, 1, ... steps" in capsys.readouterr().out
 
 
@@ -104,34 +87,19 @@ def test_accuracies_say_whether_they_are_transductive(tmp_path, capsys, monkeypa
     assert "new classes: accuracy" in shown
     assert "transductive" in shown
     assert "first order" in shown
-    assert (
-        main(
-            ["evaluate", "runs/maml-glyphs.safetensors", *own, "--episodes", "4", "--split-styles", "--plot", "one.svg"]
-        )
-        == 0
-    )
+    again = ["evaluate", "runs/maml-glyphs.safetensors", "--allow", "tiny", "--episodes", "4"]
+    assert main([*again, "--split-styles", "--plot", "one.svg"]) == 0
     assert Path("one.svg").exists()
     report = json.loads(Path("runs/maml-glyphs.evaluation.json").read_text())
     assert report["evaluation"]["transductive"] is True
-    assert report["settings"]["split_styles"] is True
+    assert report["config"]["sampling"]["split_styles"] is True
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_saves_and_says_how_to_go_on(tmp_path, number):
     out = tmp_path / "s.safetensors"
-    arguments = [
-        "--data",
-        "sinusoid",
-        "--tasks",
-        "4",
-        "--steps",
-        "1000000",
-        "--checkpoint-every",
-        "20",
-        "--out",
-        str(out),
-    ]
+    arguments = ["--data", "sinusoid", "--tasks", "4", "--steps", "1000000", "--checkpoint-every", "20", "--out", out]
     process = subprocess.Popen(
         [PROGRAM, "train", "maml", *arguments, "--threads", "1"],
         stdout=subprocess.PIPE,
@@ -168,25 +136,78 @@ def test_explain_a_named_model_and_one_of_the_users(tmp_path, capsys, monkeypatc
 
 BAD = [
     ([], "COMMAND"),
-    (["train"], "learner"),
-    (["train", "anil", "--data", "glyphs"], "invalid choice: 'anil'"),
-    (["train", "maml"], "--data must be one of glyphs, omniglot, sinusoid (got none)"),
-    (["train", "maml", "--data", "mnist"], "invalid choice: 'mnist'"),
-    (["train", "maml", "--data", "omniglot"], "root must be the folder of Omniglot's archives (got none)"),
+    (
+        ["tarin"],
+        "COMMAND must be one of train, evaluate, list, explain, demo, bench (got 'tarin'; did you mean 'train'?)",
+    ),
+    (["train"], "LEARNER must be one of maml, protonet, reptile, or module:attribute (got none)"),
+    (
+        ["train", "anil", "--data", "glyphs"],
+        "learner must be one of maml, protonet, reptile, or module:attribute (got 'an",
+    ),
+    (["train", "protonett", "--data", "glyphs"], "(got 'protonett'; did you mean 'protonet'?)"),
+    (["train", "maml"], "--data must be one of glyphs, omniglot, sinusoid, or module:attribute (got none)"),
+    (
+        ["train", "maml", "--data", "mnist"],
+        "data must be one of glyphs, omniglot, sinusoid, or module:attribute (got 'mn",
+    ),
+    (["train", "maml", "--data", "glyph"], "(got 'glyph'; did you mean 'glyphs'?)"),
+    (["train", "maml", "--data", "omniglot"], "data.root must be given: omniglot has no default for it (got none)"),
     (["train", "maml", "--data", "omniglot", "--root", "/nonexistent"], "images_background.zip is missing"),
-    (["train", "maml", "--data", "glyphs", "--root", "x"], "root is for omniglot only"),
-    (["train", "maml", "--data", "sinusoid", "--inner-batch", "3"], "inner_batch is for reptile only"),
-    (["train", "reptile", "--data", "sinusoid", "--first-order"], "first_order is for maml only"),
-    (["train", "maml", "--data", "sinusoid", "--steps", "0"], "--steps: must be an integer >= 1 (got 0)"),
-    (["train", "maml", "--data", "sinusoid", "--tasks", "2.5"], "--tasks: must be an integer >= 1 (got 2.5)"),
-    (["train", "maml", "--data", "sinusoid", "--inner-lr", "-0.1"], "--inner-lr: must be a number >= 0 (got -0.1)"),
-    (["train", "maml", "--data", "sinusoid", "--meta-lr", "nan"], "--meta-lr: must be a number >= 0 (got nan)"),
+    (["train", "maml", "--data", "glyphs", "--root", "x"], "--root is no option here"),
+    (["train", "maml", "--data", "glyphs", "--download"], "download must not be given: data glyphs fetches nothing"),
+    (["train", "maml", "--data", "sinusoid", "--inner-batch", "3"], "--inner-batch is no option here"),
+    (["train", "reptile", "--data", "sinusoid", "--first-order"], "--first-order is no option here"),
+    (["train", "maml", "--data", "sinusoid", "--inner-stepz", "3"], "no option here; did you mean '--inner-steps'?"),
+    (
+        ["train", "maml", "--data", "sinusoid", "--lerner.inner_lr=3"],
+        "no option here; did you mean '--learner.inner_lr'?",
+    ),
+    (["train", "maml", "--data", "sinusoid", "--thread", "3"], "--thread is no option here; did you mean '--threads'?"),
+    (["train", "maml", "--data", "sinusoid", "--inner", "3"], "--inner is no option here"),
+    (["train", "maml", "--data", "sinusoid", "more"], "what follows must be options and their values (got 'more')"),
+    (["train", "maml", "--data", "sinusoid", "--steps", "0"], "steps must be >= 1 (got 0)"),
+    (["train", "maml", "--data", "sinusoid", "--steps"], "training.steps must be given a value, an integer (got none)"),
+    (["train", "maml", "--data", "sinusoid", "--tasks", "2.5"], "sampling.tasks must be an integer (got 2.5)"),
+    (["train", "maml", "--data", "sinusoid", "--inner-lr", "-0.1"], "inner_lr must be >= 0 and finite (got -0.1)"),
+    (
+        ["train", "maml", "--data", "sinusoid", "--inner-lr", "x"],
+        "learner.inner_lr must be a number, a list of numbers ",
+    ),
+    (["train", "maml", "--data", "sinusoid", "--meta-lr", "nan"], "meta_lr must be a number or null (got nan)"),
+    (["train", "maml", "--data", "sinusoid", "--first-order", "3"], "first_order must be true or false (got 3)"),
+    (["train", "maml", "--data", "sinusoid", "--hidden", "3"], "model.hidden must be a list of integers (got 3)"),
+    (["train", "maml", "--data", "sinusoid", "--schedule", "up"], "schedule must be one of constant, linear, cosine, "),
+    (
+        ["train", "maml", "--data", "sinusoid", "--backend", "gpu"],
+        "backend must be one of auto, fused, fallback (got 'gpu",
+    ),
+    (["train", "maml", "--data", "sinusoid", "--recipe", "maml-sinus"], "did you mean 'maml-sinusoid'?"),
     (["train", "maml", "--data", "sinusoid", "--seed", "-1"], "seed must be >= 0 (got -1)"),
+    (
+        ["train", "maml", "--data", "sinusoid", "--allow", "os"],
+        "--allow is for --resume: what you name yourself may run",
+    ),
+    (["train", "--data", "sinusoid", "maml"], "the learner must come first: metaaug-fast train maml ..."),
+    (["train", "--steps", "3", "mine:Learner"], "the learner must come first: metaaug-fast train mine:Learner ..."),
+    (
+        ["train", "maml", "--data", "glyphs", "--train-ways", "7"],
+        "train_ways must be ways, 5, for maml, whose model has",
+    ),
+    (
+        ["train", "protonet", "--data", "glyphs", "--test-steps", "3"],
+        "test_steps must be null for protonet, which has no ",
+    ),
     (["train", "maml", "--data", "glyphs", "--ways", "5000"], "ways must be at most"),
-    (["train", "maml", "--data", "sinusoid", "--model", "vgg"], "model must be one of mlp, omniglot_mlp, conv4"),
+    (["train", "maml", "--data", "sinusoid", "--model", "vgg"], "model must be one of conv4, mlp, omniglot_mlp, "),
     (["train", "maml", "--data", "sinusoid", "--model", "no.such:net"], "model 'no.such:net' cannot be imported"),
     (["train", "maml", "--resume", "absent.safetensors"], "no checkpoint at absent.safetensors"),
     (["evaluate", "absent.safetensors"], "no checkpoint at absent.safetensors"),
+    (["evaluate"], "CHECKPOINT"),
+    (
+        ["evaluate", "--episodes", "20", "c.safetensors"],
+        "the checkpoint must come first: metaaug-fast evaluate CHECKPOINT",
+    ),
     (
         ["train", "maml", "--data", "sinusoid", "--device", "cuda:99"],
         "--device: must be cpu or one of the GPUs",
@@ -298,12 +319,88 @@ def test_checkpoints_that_do_not_fit(tmp_path, capsys):
     assert main(["train", "maml", *SINUSOID, "--out", str(out), "--quiet"]) == 0
     capsys.readouterr()
     assert main(["train", "maml", "--resume", str(out), "--inner-lr", "0.5"]) == 2
-    assert "--inner-lr must be that of the checkpoint, 0.01 (got 0.5)" in capsys.readouterr().err
+    assert "learner.inner_lr must be that of the checkpoint, 0.01 (got 0.5)" in capsys.readouterr().err
     assert main(["train", "reptile", "--resume", str(out)]) == 2
     assert "learner must be that of the checkpoint, maml (got reptile)" in capsys.readouterr().err
     checkpoint.save(out, {"learner": {}})
     assert main(["evaluate", str(out)]) == 2
-    assert "was not written by metaaug-fast train" in capsys.readouterr().err
+    assert "has no configuration, for no run of metaaug-fast wrote it" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """Checkpoints of learners with and without an output for each class."""
+    folder = tmp_path_factory.mktemp("judged")
+    for learner in ("maml", "protonet"):
+        arguments = ["--data", "glyphs", "--model", "strided_conv4", "--hidden", "4", "--tasks", "2", "--steps", "1"]
+        arguments += ["--episodes", "4", "--validation-episodes", "2", "--quiet", "--out", str(folder / learner)]
+        assert main(["train", learner, *arguments]) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("learner", "options", "message"),
+    [
+        ("maml", ["--ways", "6"], "ways must be at most model.ways, 5 (got 6)"),
+        ("maml", ["--ways", "x"], "sampling.ways must be an integer (got x)"),
+        ("maml", ["--inner-lr", "1"], "--inner-lr is no option here"),
+        ("maml", ["--seed", "1"], "--seed is no option here"),
+        ("maml", ["--episode", "4"], "--episode is no option here; did you mean '--episodes'?"),
+        ("maml", ["--plott", "x.png"], "--plott is no option here; did you mean '--plot'?"),
+        ("maml", ["--plot", "x.xyz"], "--plot must be a file of a format such as .png, .svg or .pdf (got x.xyz)"),
+        ("maml", ["--download"], "download must not be given: data glyphs fetches nothing"),
+        ("maml", ["more"], "what follows must be options and their values (got 'more')"),
+        ("protonet", ["--test-steps", "2"], "test_steps must be null for protonet, which has no inner loop (got 2)"),
+    ],
+)
+def test_evaluate_says_what_cannot_be_before_any_work(judged, capsys, tmp_path, monkeypatch, learner, options, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("metaaug_fast.cli.evaluate.judge", lambda *_: pytest.fail("work was done"))
+    capsys.readouterr()
+    assert main(["evaluate", str(judged / learner), *options]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_evaluate_judges_and_draws_other_tasks(judged, tmp_path, capsys):
+    for learner, ways in (("maml", 3), ("protonet", 7)):
+        options = ["--ways", str(ways), "--split-styles", "--episodes", "4", "--plot", str(tmp_path / f"{ways}.png")]
+        assert main(["evaluate", str(judged / learner), *options, "--report", str(tmp_path / "r.json")]) == 0
+        assert f"{ways}-way 1-shot" in capsys.readouterr().out
+        assert (tmp_path / f"{ways}.png").exists()
+        assert json.loads((tmp_path / "r.json").read_text())["config"]["sampling"]["split_styles"] is True
+
+
+def test_pictures_are_of_images_and_curves(tmp_path, own_code, capsys):
+    own_code(
+        "flat",
+        "import torch\nfrom metaaug_fast.data import ClassImages\n"
+        "def data(): return ClassImages.from_arrays(torch.rand(200, 6), torch.arange(50).repeat(4))\n",
+    )
+    arguments = [
+        "--data",
+        "flat:data",
+        "--model",
+        "mlp",
+        "--steps",
+        "1",
+        "--tasks",
+        "2",
+        "--shots",
+        "1",
+        "--queries",
+        "2",
+    ]
+    assert (
+        main(["train", "maml", *arguments, "--episodes", "4", "--validation-episodes", "2", "--out", "c", "--quiet"])
+        == 0
+    )
+    capsys.readouterr()
+    assert main(["evaluate", "c", "--allow", "flat", "--plot", "x.png"]) == 2
+    assert "--plot needs images, or curves over one number (got samples of shape (6,))" in capsys.readouterr().err
+    assert not Path("x.png").exists()
 
 
 def test_threads_are_torchs(tmp_path):
@@ -327,4 +424,4 @@ def test_omniglot_as_the_papers_do(tmp_path, capsys, real_omniglot):
     arguments = [*data, "--model", "omniglot_mlp", "--tasks", "2", "--steps", "2"]
     out = ["--out", str(tmp_path / "o.safetensors"), "--episodes", "4", "--validation-episodes", "2", "--quiet"]
     assert main(["train", "maml", *arguments, *out]) == 0
-    assert "5-way 1-shot: omniglot_mlp, 2 tasks, inner lr 0.4 x 1" in capsys.readouterr().out
+    assert "5-way 1-shot: omniglot_mlp, 2 tasks, inner lr 0.4, inner steps 1" in capsys.readouterr().out

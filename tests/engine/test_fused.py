@@ -1055,3 +1055,25 @@ def test_peak_memory_without_kept_activations_grows_by_the_weights_of_each_step_
     print(f"peak growth {(often - once) / weights:.2f} sets of weights for 19 steps")
     assert often - once < 1.1 * 19 * weights + 2**20
     assert often - once > 0.9 * 19 * weights, "the measure must see them"
+
+
+@pytest.mark.parametrize("weights", ["mean", "sum", "loss and sum", "step weights", "unequal"])
+def test_only_unequal_weights_of_tasks_need_a_second_sweep(weights, monkeypatch):
+    problem = inner_problem(mlp(), 0.1, 2)
+    support, query = perceptron_sets()
+    if weights == "step weights":
+        query = replace(query, step_weights=rand(2).requires_grad_())
+    combine = {
+        "mean": lambda out: out.task_losses.mean(),
+        "sum": lambda out: out.task_losses.sum(),
+        "loss and sum": lambda out: 2 * out.loss + out.task_losses.sum(),
+        "step weights": lambda out: out.task_losses.mean(),
+        "unequal": lambda out: out.task_losses @ torch.arange(1.0, len(out.task_losses) + 1).double(),
+    }[weights]
+    calls = []
+    run = fused._Call.run
+    monkeypatch.setattr(fused._Call, "run", lambda self, *args, **given: calls.append(1) or run(self, *args, **given))
+    inputs = leaves(problem, support, query)
+    got = gradients(combine(executor_of(problem, support.x).meta_loss(problem, support, query)), inputs)
+    assert len(calls) == (2 if weights == "unequal" else 1)
+    assert_close(got, gradients(combine(reference.meta_loss(problem, support, query)), inputs))

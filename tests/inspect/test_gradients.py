@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from metaaug_fast.inspect.gradients import check_gradients
 from metaaug_fast.learners.maml import MAML
@@ -78,8 +78,8 @@ def test_without_steps_both_orders_are_the_same() -> None:
 class Scaled(MAML):
     """Its gradients are 0.1 % too long."""
 
-    def forward(self, tasks: TaskBatch, step_weights: Tensor | None = None, steps: int | None = None) -> MetaOutput:
-        out = super().forward(tasks, step_weights, steps)
+    def forward(self, tasks: TaskBatch, **options: Any) -> MetaOutput:
+        out = super().forward(tasks, **options)
         if out.loss.requires_grad:
             out.loss.register_hook(lambda gradient: 1.001 * gradient)
         return out
@@ -88,8 +88,8 @@ class Scaled(MAML):
 class Shifted(MAML):
     """Its loss is another than what its gradients belong to."""
 
-    def forward(self, tasks: TaskBatch, step_weights: Tensor | None = None, steps: int | None = None) -> MetaOutput:
-        out = super().forward(tasks, step_weights, steps)
+    def forward(self, tasks: TaskBatch, **options: Any) -> MetaOutput:
+        out = super().forward(tasks, **options)
         penalty = sum(value.detach().square().sum() for value in self.model.parameters())
         return MetaOutput(out.loss + penalty, out.task_losses)
 
@@ -97,9 +97,9 @@ class Shifted(MAML):
 class Mislabelled(MAML):
     """It computes first order and says second."""
 
-    def forward(self, tasks: TaskBatch, step_weights: Tensor | None = None, steps: int | None = None) -> MetaOutput:
+    def forward(self, tasks: TaskBatch, **options: Any) -> MetaOutput:
         self.first_order = True
-        out = super().forward(tasks, step_weights, steps)
+        out = super().forward(tasks, **options)
         self.first_order = False
         return out
 

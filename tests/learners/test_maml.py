@@ -94,7 +94,7 @@ def test_a_fixed_rate_is_no_parameter() -> None:
 def test_losses_after_each_step_can_be_weighted(backend: str) -> None:
     maml, batch = MAML(model(), 0.3, K, backend=backend), tasks()
     weights = torch.rand(K).double()
-    assert_gradients(maml(batch, weights), reference_output(maml, batch, weights), list(maml.parameters()))
+    assert_gradients(maml(batch, step_weights=weights), reference_output(maml, batch, weights), list(maml.parameters()))
 
 
 @backends
@@ -111,7 +111,7 @@ def test_other_steps_go_on_with_the_last_rate_and_affine(batch_norm: str, steps:
     for key, value in other.per_step.items():
         other.per_step[key] = nn.Parameter(value.detach()[[0, 1, 2, 2, 2]])
     assert relative_error(maml(batch, steps=steps).task_losses, other(batch).task_losses) < 1e-12
-    fast, expected = maml.adapt(batch.support_x, batch.support_y, steps), other.adapt(batch.support_x, batch.support_y)
+    fast, expected = (learner.adapt(batch.support_x, batch.support_y, steps=steps) for learner in (maml, other))
     assert relative_error(fast(batch.query_x), expected(batch.query_x)) < 1e-12
 
 
@@ -349,7 +349,7 @@ def test_bad_tasks() -> None:
     with pytest.raises(ValueError, match="support_x must have the dtype of the model's parameters"):
         maml(batch.to(torch.float32))
     with pytest.raises(ValueError, match=r"step_weights must have shape \(1,\) \(got \(2,\)\)"):
-        maml(batch, torch.ones(2).double())
+        maml(batch, step_weights=torch.ones(2).double())
     with pytest.raises(ValueError, match=r"steps must be >= 0 \(got -2\)"):
         maml(batch, steps=-2)
     with pytest.raises(ValueError, match="query_x must have as many tasks as support_x"):

@@ -181,7 +181,7 @@ def test_adapting_again_gives_the_same(backend: str) -> None:
         ({"inner_lr": -1e-3}, r"inner_lr must be >= 0 and finite \(got -0.001\)"),
         ({"inner_steps": -1}, r"steps must be >= 0 \(got -1\)"),
         ({"inner_optimizer": "lion"}, r"optimizer must be one of sgd, adam \(got 'lion'\)"),
-        ({"inner_batch": 0}, r"inner_batch must be >= 1 or None \(got 0\)"),
+        ({"inner_batch": 0}, r"inner_batch must be >= 1 \(got 0\)"),
         ({"betas": (0.0, 1.0)}, r"betas must be >= 0 and below 1 \(got \(0.0, 1.0\)\)"),
         ({"batch_norm": "running"}, r"batch_norm must be one of batch, frozen \(got 'running'\)"),
         ({"model": nn.ReLU()}, "model must have parameters to adapt"),
@@ -197,7 +197,7 @@ def test_bad_settings(options: dict[str, Any], message: str) -> None:
 def test_bad_meta_lr(meta_lr: float, got: str) -> None:
     reptile = Reptile(model())
     reptile.meta_lr = meta_lr
-    with pytest.raises(ValueError, match=rf"^meta_lr must be >= 0 and finite \(got {got}\)$"):
+    with pytest.raises(ValueError, match=rf"^meta_lr must be (>= 0|finite) \(got {got}\)$"):
         reptile.step(tasks())
 
 

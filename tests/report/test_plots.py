@@ -71,7 +71,7 @@ def test_learning_curve_shows_validation_where_there_is_one(tmp_path):
     training = [Point(step, 1 / step, 1 - 1 / step) for step in range(1, 50)]
     plots.plot_learning_curve(History(training), tmp_path / "plain.png", title="one")
     assert not has_color(picture(tmp_path / "plain.png"), plots.SECOND)
-    validation = [ValidationPoint(step, 0.8, 0.02) for step in (10, 20, 40)]
+    validation = [ValidationPoint(step, 0.8, 0.02, 0.8) for step in (10, 20, 40)]
     plots.plot_learning_curve(History(training, validation), tmp_path / "both.png")
     assert has_color(picture(tmp_path / "both.png"), plots.SECOND)
     losses = [Point(point.step, point.loss) for point in training]

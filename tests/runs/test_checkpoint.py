@@ -234,7 +234,7 @@ def test_newer_version_is_refused(tmp_path):
     path = tmp_path / "c"
     header = json.dumps({"__metadata__": {"metaaug_fast": json.dumps({"version": 99, "state": {}})}}).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header)
-    with pytest.raises(CheckpointError, match="version 99; this metaaug_fast reads up to 2"):
+    with pytest.raises(CheckpointError, match="version 99; this metaaug_fast reads up to 3"):
         checkpoint.load(path)
 
 

@@ -107,21 +107,21 @@ def change(*path, to):
     return apply
 
 
-MOMENT = ("optimizer", "state", 0, "exp_avg")
+MOMENT = ("optimizers", 0, "state", 0, "exp_avg")
 CHANGES = {
     "moment of another shape": (change(*MOMENT, to=torch.ones(1)), r"optimizer.0.exp_avg must be \[8, 1\] torch.fl"),
     "moment of another dtype": (change(*MOMENT, to=lambda x: x.double()), r"exp_avg must be .* torch.float64\)"),
     "moment is a number": (change(*MOMENT, to=3.0), r"exp_avg must be \[8, 1\] torch.float32 \(got float\)"),
     "no moment": (change(*MOMENT, to=None), "optimizer.0 lacks exp_avg"),
-    "a moment too many": (change("optimizer", "state", 0, "trace", to=torch.ones(1)), "must not have trace"),
-    "unknown parameter": (change("optimizer", "state", 7, to={}), "optimizer has no parameter 7"),
-    "no groups": (change("optimizer", "param_groups", to=[]), "parameter groups"),
-    "no betas": (change("optimizer", "param_groups", 0, "betas", to=None), "lacks 'betas'"),
-    "rate is a word": (change("optimizer", "param_groups", 0, "lr", to="x"), ""),
-    "negative step of Adam": (change(*MOMENT[:3], "step", to=torch.tensor(-2.0)), "0.step must be an integer >= 0"),
-    "fractional step of Adam": (change(*MOMENT[:3], "step", to=torch.tensor(1.5)), r"0 \(got 1.5\)"),
-    "NaN as step of Adam": (change(*MOMENT[:3], "step", to=torch.tensor(math.nan)), r"0 \(got nan\)"),
-    "state is a list": (change("optimizer", to=[]), "list"),
+    "a moment too many": (change("optimizers", 0, "state", 0, "trace", to=torch.ones(1)), "must not have trace"),
+    "unknown parameter": (change("optimizers", 0, "state", 7, to={}), "optimizer has no parameter 7"),
+    "no groups": (change("optimizers", 0, "param_groups", to=[]), "parameter groups"),
+    "no betas": (change("optimizers", 0, "param_groups", 0, "betas", to=None), "lacks 'betas'"),
+    "rate is a word": (change("optimizers", 0, "param_groups", 0, "lr", to="x"), ""),
+    "negative step of Adam": (change(*MOMENT[:4], "step", to=torch.tensor(-2.0)), "0.step must be an integer >= 0"),
+    "fractional step of Adam": (change(*MOMENT[:4], "step", to=torch.tensor(1.5)), r"0 \(got 1.5\)"),
+    "NaN as step of Adam": (change(*MOMENT[:4], "step", to=torch.tensor(math.nan)), r"0 \(got nan\)"),
+    "state is a list": (change("optimizers", 0, to=[]), "list"),
     "weight of another shape": (
         change("learner", "model.0.weight", to=torch.ones(9, 1)),
         r"learner.model.0.weight must",
@@ -145,10 +145,13 @@ CHANGES = {
     "step is a word": (change("step", to="3"), "step must be an integer >= 0"),
     "history is a number": (change("history", to=3), ""),
     "words in history": (change("history", "seconds", to="x"), "history must hold numbers"),
-    "no rates": (change("scheduler", "base_lrs", to=[]), "scheduler.base_lrs must have 1 entries"),
-    "fractional epoch": (change("scheduler", "last_epoch", to=0.5), "last_epoch must be an integer >= 0"),
-    "no gamma": (change("scheduler", "gamma", to=None), "scheduler lacks gamma"),
-    "another scheduler": (change("kinds", "scheduler", to="StepLR"), r"scheduler must be StepLR \(got ExponentialLR\)"),
+    "no rates": (change("schedulers", 0, "base_lrs", to=[]), "scheduler.base_lrs must have 1 entries"),
+    "fractional epoch": (change("schedulers", 0, "last_epoch", to=0.5), "last_epoch must be an integer >= 0"),
+    "no gamma": (change("schedulers", 0, "gamma", to=None), "scheduler lacks gamma"),
+    "another scheduler": (
+        change("kinds", "schedulers", to=["StepLR"]),
+        r"schedulers must be StepLR \(got ExponentialLR\)",
+    ),
 }
 
 
@@ -193,7 +196,7 @@ def run(steps, **more):
 path = sys.argv[1]
 run(1, checkpoint=path)
 state = checkpoint.load(path)
-for each in state["optimizer"]["state"].values():
+for each in state["optimizers"][0]["state"].values():
     each["exp_avg"], each["exp_avg_sq"] = torch.ones(3), torch.ones(3)
 checkpoint.save(path, state)
 try:
@@ -213,20 +216,48 @@ def test_wrong_shapes_do_not_crash_the_process(tmp_path):
 
 
 @pytest.mark.parametrize(("stored", "resumed"), [("Adam fused", "SGD"), ("SGD", "Adam fused"), ("SGD", "RMSprop")])
-@pytest.mark.parametrize("kinds", [True, False], ids=["", "without kinds"])
-def test_another_optimizers_state_is_refused(tmp_path, stored, resumed, kinds):
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_another_optimizers_state_is_refused(tmp_path, stored, resumed, version):
     run(2, parts(1, optimizer=OPTIMIZERS[stored]), checkpoint=tmp_path / "c")
-    if not kinds:
-        # As a file of version 1.
-        state = checkpoint.load(tmp_path / "c")
-        del state["kinds"]
-        checkpoint.save(tmp_path / "c", state)
+    checkpoint.save(tmp_path / "c", as_of_version(version, checkpoint.load(tmp_path / "c")))
     made = parts(2, optimizer=OPTIMIZERS[resumed])
     before = snapshot(made)
-    message = f"optimizer must be {stored.split()[0]} .got {resumed.split()[0]}" if kinds else "does not fit"
+    message = f"optimizers must be {stored.split()[0]} .got {resumed.split()[0]}" if version > 1 else "does not fit"
     with pytest.raises(CheckpointError, match=message):
         run(4, made, resume=tmp_path / "c")
     assert same(before, snapshot(made))
+
+
+def as_of_version(version, state):
+    """The state as that version told it."""
+    if version > 2:
+        return state
+    kinds = {name: (each or [None])[0] for name, each in state.pop("kinds").items()}
+    for name in ("optimizer", "scheduler"):
+        state[name] = (state.pop(f"{name}s") or [None])[0]
+    if version > 1:
+        state["kinds"] = {name: kinds[f"{name}s"] for name in ("optimizer", "scheduler")}
+    return state
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_states_of_older_versions_are_gone_on_from(tmp_path, version):
+    whole = parts(1, 0.3)
+    run(6, whole)
+    run(2, parts(1, 0.3), checkpoint=tmp_path / "c")
+    checkpoint.save(tmp_path / "c", as_of_version(version, checkpoint.load(tmp_path / "c")))
+    second = parts(2, 0.3)
+    run(6, second, resume=tmp_path / "c")
+    assert_same(whole[0], second[0])
+
+
+def test_an_older_state_without_an_optimizer_is_refused(tmp_path):
+    run(2, parts(1, kind="reptile"), checkpoint=tmp_path / "c")
+    state = checkpoint.load(tmp_path / "c")
+    state["optimizers"] = state["schedulers"] = []
+    checkpoint.save(tmp_path / "c", as_of_version(2, state))
+    with pytest.raises(CheckpointError, match="whose learner had no optimizer: it can be loaded, but not gone on from"):
+        run(4, parts(1, kind="reptile"), resume=tmp_path / "c")
 
 
 def test_schedulers_that_cannot_be_stepped_are_refused_first(tmp_path):

@@ -5,19 +5,22 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from metaaug_fast.data import Episodes, Sinusoids
+from metaaug_fast.data import ClassImages, Episodes, Sinusoids
 from metaaug_fast.errors import CheckpointError, NonFiniteError
-from metaaug_fast.learners.maml import MAML
+from metaaug_fast.learners import MAML, ProtoNet
 from metaaug_fast.models import mlp
 from metaaug_fast.runs import checkpoint, training
 from metaaug_fast.runs.evaluation import evaluate
 from metaaug_fast.runs.history import History, Point, ValidationPoint
+from metaaug_fast.runs.load import load
 from metaaug_fast.runs.training import train
 from tests.building import assert_same, parts
+from tests.runs import distributed as together
 
 
 def test_history_has_the_curves_and_losses_fall():
@@ -54,7 +57,7 @@ def test_points_are_means_over_the_steps_since_the_last(monkeypatch):
 
 
 def test_history_round_trip():
-    history = History([Point(1, 0.5, 0.25, 10.0), Point(2, 0.4)], [ValidationPoint(2, 0.9, 0.01)], 3.5, "SIGTERM")
+    history = History([Point(1, 0.5, 0.25, 10.0), Point(2, 0.4)], [ValidationPoint(2, 0.9, 0.01, 0.9)], 3.5, "SIGTERM")
     assert History.from_dict(history.as_dict()) == history
 
 
@@ -153,8 +156,8 @@ def test_runs_outside_the_main_thread():
 
 SCRIPT = """
 import sys, torch
-from metaaug_fast.data import Episodes, Sinusoids
-from metaaug_fast.learners.maml import MAML
+from metaaug_fast.data import ClassImages, Episodes, Sinusoids
+from metaaug_fast.learners import MAML, ProtoNet
 from metaaug_fast.models import mlp
 from metaaug_fast.runs.training import train
 
@@ -220,7 +223,9 @@ def test_nan_leaves_the_last_checkpoint(tmp_path):
 def test_checkpoint_that_does_not_fit_is_refused(tmp_path):
     learner, episodes, more = parts()
     train(learner, episodes, 2, checkpoint=tmp_path / "c", progress=False, **more)
-    with pytest.raises(CheckpointError, match=r"c does not fit what is to be resumed \(scheduler: one has it"):
+    with pytest.raises(
+        CheckpointError, match=r"c does not fit what is to be resumed \(schedulers must be ExponentialLR \(got none\)"
+    ):
         train(learner, episodes, 4, optimizer=more["optimizer"], resume=tmp_path / "c", progress=False)
     other = MAML(mlp([1, 9, 1]), loss="mse")
     with pytest.raises(CheckpointError, match="does not fit"):
@@ -246,3 +251,180 @@ def test_progress_bar_shows_loss_and_speed(capsys):
     assert "loss" in shown
     assert "tasks/s" in shown
     assert "accuracy" not in shown
+
+
+def rates(schedule, steps=8, **more):
+    """The rate in each meta-step."""
+    learner, episodes, _ = parts()
+    optimizer = torch.optim.SGD(learner.parameters(), 0.5)
+    seen = []
+    train(
+        learner, episodes, steps, optimizer=optimizer, schedule=schedule, progress=False, **more,
+        before_step=lambda done: seen.append(optimizer.param_groups[0]["lr"]),
+    )  # fmt: skip
+    return seen
+
+
+def test_schedules():
+    assert rates("constant") == [0.5] * 8
+    assert rates("linear") == pytest.approx([0.5 * (1 - n / 8) for n in range(8)])
+    assert rates("cosine") == pytest.approx([0.25 * (1 + math.cos(math.pi * n / 8)) for n in range(8)])
+    assert rates("halving") == [0.5] * 8
+    halving = training.SCHEDULES["halving"]
+    assert [halving(9000, n) for n in (1999, 2000, 3999, 4000, 8000)] == [1, 0.5, 0.5, 0.25, 0.0625]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_schedule_goes_on_where_it_was(tmp_path, schedule):
+    whole, episodes, _ = parts(1)
+    train(whole, episodes, 6, schedule=schedule, meta_lr=0.1, progress=False)
+    learner, episodes, _ = parts(1)
+
+    def stop(done):
+        if done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    options = {"schedule": schedule, "meta_lr": 0.1, "progress": False}
+    train(learner, episodes, 6, before_step=stop, checkpoint=tmp_path / "c", **options)
+    learner, episodes, _ = parts(2)
+    train(learner, episodes, 6, resume=tmp_path / "c", **options)
+    assert_same(whole, learner)
+
+
+def test_reptile_is_scaled_by_its_schedule():
+    """As its paper lets the step size fall: by hand and by the schedule, to rounding."""
+    one, episodes, _ = parts(1, kind="reptile")
+    for done in range(6):
+        one.meta_lr = 0.5 * (1 - done / 6)
+        one.step(next(episodes))
+    other, episodes, _ = parts(1, kind="reptile")
+    train(other, episodes, 6, meta_lr=0.5, schedule="linear", progress=False)
+    for mine, wanted in zip(other.parameters(), one.parameters(), strict=True):
+        assert torch.allclose(mine, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_the_meta_lr_of_reptile_may_still_be_set_between_steps():
+    learner, episodes, _ = parts(1, kind="reptile")
+    before = [value.detach().clone() for value in learner.parameters()]
+    train(learner, episodes, 3, before_step=lambda done: setattr(learner, "meta_lr", 0.0), progress=False)
+    assert all(torch.equal(one, other) for one, other in zip(before, learner.parameters(), strict=True))
+
+
+def test_gradients_are_clipped_for_the_run_alone():
+    learner, episodes, _ = parts()
+    optimizer = torch.optim.SGD(learner.parameters(), 1.0)
+    start = [value.detach().clone() for value in learner.parameters()]
+    train(learner, episodes, 1, optimizer=optimizer, clip_norm=1e-3, progress=False)
+    moved = torch.cat([(one - other).flatten() for one, other in zip(start, learner.parameters(), strict=True)])
+    assert float(moved.norm()) == pytest.approx(1e-3, rel=1e-3)
+    start = [value.detach().clone() for value in learner.parameters()]
+    train(learner, episodes, 1, optimizer=optimizer, progress=False)
+    moved = torch.cat([(one - other).flatten() for one, other in zip(start, learner.parameters(), strict=True)])
+    assert float(moved.norm()) > 1e-2
+
+
+def scored(*scores):
+    """Validations with these losses, one after the other."""
+    found = iter(scores)
+    return lambda: training.Evaluation("mse", next(found), 0.1, 0.0, 10, 1, False)
+
+
+def test_patience_stops_after_validations_without_a_better_one(tmp_path):
+    learner, episodes, more = parts()
+    validate = scored(3.0, 2.0, 2.5, 2.0, 9.0, 1.0)
+    options = {"validate_every": 2, "patience": 3, "checkpoint": tmp_path / "c", "progress": False, **more}
+    history = train(learner, episodes, 99, validate=validate, **options)
+    assert history.stopped_by == "early stopping"
+    assert [point.step for point in history.validation] == [2, 4, 6, 8, 10]
+    assert history.best.step == 4
+    assert checkpoint.load(tmp_path / "c")["step"] == 10
+
+
+def test_the_best_is_kept_beside(tmp_path):
+    learner, episodes, more = parts()
+    states = []
+
+    def validate():
+        states.append([value.clone() for value in learner.state_dict().values()])
+        return losses()
+
+    losses = scored(3.0, 1.0, 2.0, 1.5)
+    options = {"validate_every": 2, "keep_best": True, "checkpoint": tmp_path / "run.safetensors", "progress": False}
+    train(learner, episodes, 8, validate=validate, **options, **more)
+    best = checkpoint.load(tmp_path / "run.best.safetensors")
+    assert best["step"] == 4
+    assert all(torch.equal(one, other) for one, other in zip(best["learner"].values(), states[1], strict=True))
+    assert checkpoint.load(tmp_path / "run.safetensors")["step"] == 8
+    learner, episodes, more = parts(2)
+    train(
+        learner, episodes, 10, validate=scored(1.2), resume=tmp_path / "run.safetensors", **options, **more
+    )  # not better than before the stop
+    assert checkpoint.load(tmp_path / "run.best.safetensors")["step"] == 4
+
+
+def test_a_loss_that_is_not_finite_is_never_saved(tmp_path):
+    """Of a learner whose loss nobody else looks at."""
+    learner = ProtoNet(mlp([2, 4]))
+    dataset = ClassImages.from_arrays(torch.randn(20, 2), torch.arange(20) % 4)
+    episodes = Episodes(dataset, ways=3, shots=1, queries=2, tasks=2)
+
+    def spoil(done):
+        if done == 3:
+            with torch.no_grad():
+                next(learner.parameters()).fill_(math.nan)
+
+    with pytest.raises(NonFiniteError, match="the meta-loss is nan in one of the meta-steps up to 4"):
+        train(learner, episodes, 9, before_step=spoil, checkpoint=tmp_path / "c", checkpoint_every=2, progress=False)
+    assert checkpoint.load(tmp_path / "c")["step"] == 2
+
+
+def test_options_that_do_not_go_together_are_refused_first(tmp_path):
+    learner, episodes, more = parts()
+    trials = [
+        ({"patience": 2}, ValueError, r"patience needs validate \(got None\)"),
+        ({"keep_best": True}, ValueError, r"keep_best needs validate \(got None\)"),
+        ({"keep_best": True, "validate": scored(1.0)}, ValueError, "keep_best needs checkpoint"),
+        ({"patience": 0, "validate": scored(1.0)}, ValueError, r"patience must be >= 1 \(got 0\)"),
+        ({"clip_norm": -1.0}, ValueError, r"clip_norm must be >= 0 \(got -1.0\)"),
+        ({"schedule": "step"}, ValueError, r"schedule must be one of constant, .* \(got 'step'\)"),
+        ({"schedule": "linear", **more}, ValueError, "schedule must be 'constant' where a scheduler is given"),
+        ({"meta_lr": 0.1, **more}, ValueError, r"meta_lr must be None where an optimizer is given, .* \(got 0.1\)"),
+        ({"meta_lr": -0.1}, ValueError, r"meta_lr must be >= 0 \(got -0.1\)"),
+    ]
+    for options, error, message in trials:
+        with pytest.raises(error, match=message):
+            train(learner, episodes, 3, progress=False, **options)
+    with pytest.raises(TypeError, match=r"learner must be a Learner \(got Sequential\)"):
+        train(mlp([1, 1]), episodes, 3, progress=False)
+    assert episodes.position == 0
+
+
+def test_several_optimizers():
+    """One for each half of the parameters is the same as one for all."""
+    runs = []
+    for split in (False, True):
+        learner, episodes, _ = parts(1)
+        values = list(learner.parameters())
+        groups = [values[:2], values[2:]] if split else [values]
+        optimizers = [torch.optim.Adam(group, 1e-2) for group in groups]
+        train(learner, episodes, 5, optimizer=optimizers, schedule="cosine", progress=False)
+        runs.append(learner)
+    assert_same(*runs)
+
+
+def test_two_processes_train_one_learner(tmp_path):
+    """Through DDP over gloo: each has half of the tasks, and both arrive where one process with all of them does."""
+    program = Path(__file__).with_name("distributed.py")
+    started = [subprocess.Popen([sys.executable, program, str(rank), str(tmp_path)]) for rank in range(2)]
+    assert [process.wait(120) for process in started] == [0, 0]
+    alone = together.learner(seed=0)
+    train(alone, together.episodes(), 4, meta_lr=0.01, progress=False)
+    judged = evaluate(alone, together.episodes(), 12).mean
+    for rank in range(2):
+        state, mean, refused = torch.load(tmp_path / f"rank{rank}")
+        for name, value in alone.state_dict().items():
+            assert torch.allclose(state[name], value, rtol=1e-4, atol=1e-6), name
+        assert mean == pytest.approx(judged, rel=1e-4)
+        assert refused == "learner must not be wrapped: Reptile updates itself (got DistributedDataParallel)"
+    loaded = load(tmp_path / "run.safetensors", together.learner(seed=5))
+    assert evaluate(loaded, together.episodes(), 12).mean == pytest.approx(judged, rel=1e-4)

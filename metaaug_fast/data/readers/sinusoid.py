@@ -29,6 +29,8 @@ class Sinusoids:
     """
 
     sample_shape = (1,)
+    target_shape = (1,)
+    default_model = "mlp"
 
     def __init__(
         self,

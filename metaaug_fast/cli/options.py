@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from argparse import ArgumentTypeError
+from typing import Any, NoReturn
 
 import torch
 
@@ -13,14 +15,42 @@ _COUNTS_END = 2**31  # the engine counts in 31 bits
 _THREADS_A_CORE = 8
 
 
+class _Formatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": _Formatter, **options})
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def options_of(parser: argparse.ArgumentParser) -> list[str]:
+    """What a parser reads itself."""
+    return [name for action in parser._actions for name in action.option_strings]
+
+
+def add_machine_options(parser: argparse.ArgumentParser, with_device: bool = True) -> None:
+    """`--threads` and `--device`, which `use_machine` follows."""
+    parser.add_argument("--threads", type=threads, metavar="N", help="(as many as torch takes)")
+    if with_device:
+        parser.add_argument("--device", type=device, default=torch.device("cpu"), help="cpu, cuda, cuda:1, ... (cpu)")
+
+
+def use_machine(options: argparse.Namespace) -> None:
+    """Take as many threads as asked for."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+
+
 def count(text: str) -> int:
     """An integer >= 1 that the engine can count to."""
     return _integer(text, 1)
-
-
-def episodes(text: str) -> int:
-    """A number of episodes to judge on; an interval needs a spread."""
-    return _integer(text, 2)
 
 
 def threads(text: str) -> int:

@@ -1,0 +1,117 @@
+"""`metaaug-fast evaluate`: a checkpoint's learner on new classes."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backend_bases import FigureCanvasBase
+
+from .. import files
+from ..learners.base import Learner
+from ..report.plots import plot_episode, plot_sinusoid
+from ..runs import checkpoint as checkpoints
+from ..runs.build import check_ways, make_episodes, make_sources, target_shape_of
+from ..runs.config import Config, configure
+from ..runs.experiment import beside, check_test_steps, judge, write_report
+from ..runs.load import configuration, load
+from .options import Parser, add_machine_options, options_of, use_machine
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Evaluate, and write a report and, if asked, a picture."""
+    parser = _parser()
+    first = list(arguments[:1])
+    if first and first[0].startswith("-") and not {"-h", "--help"}.intersection(arguments):
+        raise ValueError(f"the checkpoint must come first: {parser.usage} (got {first[0]})")
+    options, fields = parser.parse_known_args(arguments)
+    path, allow = options.checkpoint, tuple(options.allow)
+    use_machine(options)
+    content = configuration(path, checkpoints.load(path), allow).as_dict()
+    config = configure(
+        content, fields, allow=allow, sections=("data", "sampling", "evaluation"), others=options_of(parser)
+    )
+    report = options.report or beside(path, ".evaluation.json")
+    for target in filter(None, (report, options.plot)):
+        if os.path.realpath(target) == os.path.realpath(path):
+            raise ValueError(f"--report and --plot must be other files than the checkpoint (got {target})")
+        files.try_writing(target)
+    if options.plot is not None:
+        _check_format(options.plot)
+    learner = load(path, allow=allow, device=options.device)
+    check_test_steps(config, learner)
+    source = make_sources(config.data, ["test"], download=options.download, device=options.device, allow=allow)["test"]
+    regression = target_shape_of(source) is not None
+    check_ways(config, target_shape_of(source), allow)
+    if options.plot is not None:
+        _check_drawable(source.sample_shape, target_shape_of(source))
+    episodes = make_episodes(config, "test", source)
+    print(f"{path}: {config.in_words(regression)}")
+    result = judge(config, learner, episodes)
+    if options.plot is not None:
+        _plot(config, learner, source, result.steps, options.plot)
+    write_report(report, config, options.device, result)
+    print(f"report: {report}")
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="metaaug-fast evaluate",
+        usage="metaaug-fast evaluate CHECKPOINT [options] [--any.field VALUE ...]",
+        description="How good a checkpoint's learner is on new classes. The fields of its data, sampling and "
+        "evaluation may be given as for train: --root, --ways, --shots, --queries, --tasks, --episodes, "
+        "--test-steps, ...",
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a file of metaaug-fast train")
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="of your own, whose learner, model or data set the checkpoint names: its code may run",
+    )
+    parser.add_argument("--report", type=Path, metavar="FILE", help="JSON report (CHECKPOINT.evaluation.json)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of the first episode, or of three curves")
+    parser.add_argument("--download", action="store_true", help="fetch what the data set lacks")
+    add_machine_options(parser)
+    return parser
+
+
+def _check_format(path: Path) -> None:
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.lstrip(".").lower() not in ("", *known):
+        raise ValueError(f"--plot must be a file of a format such as .png, .svg or .pdf (got {path})")
+
+
+def _check_drawable(sample_shape: Sequence[int], target_shape: Sequence[int] | None) -> None:
+    curve = target_shape is not None and math.prod(sample_shape) == math.prod(target_shape) == 1
+    image = target_shape is None and len(sample_shape) == 3 and sample_shape[0] in (1, 3)
+    if not (curve or image):
+        raise ValueError(f"--plot needs images, or curves over one number (got samples of shape {tuple(sample_shape)})")
+
+
+@torch.no_grad()
+def _plot(config: Config, learner: Learner, source: Any, steps: int | None, path: Path) -> None:
+    """The first episode, or the first curves before adaptation, after one step and after all of them."""
+    regression = target_shape_of(source) is not None
+    if regression:
+        config = replace(config, sampling=replace(config.sampling, queries=200))
+    tasks = make_episodes(config, "test", source).batch(0)
+    there = tasks.to(next(learner.parameters()).device)
+    wanted = sorted({0, 1, steps}) if regression and steps is not None else [steps]
+    curves = {}
+    for number in wanted:
+        given = {} if number is None else {"steps": number}
+        curves[number or 0] = learner.adapt(there.support_x, there.support_y, **given)(there.query_x).cpu()
+    if regression:
+        plot_sinusoid(tasks, curves, path)
+    else:
+        plot_episode(tasks, curves[steps or 0], path)
+    print(f"picture: {path}")

@@ -1,0 +1,173 @@
+"""From a configuration to what it names: data, model, learner."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data import ClassImages, Episodes, TaskSource
+from ..learners.base import Learner
+from .config import Config, Part
+from .fields import as_declared, parameters_of
+from .registry import DATA, LEARNERS, MODELS, find_data, find_learner, find_model, is_data
+
+SPLITS = ("train", "validation", "test")
+SHARES = {"train": 64, "validation": 16, "test": 20}
+"""Of the classes of a data set that has no splits of its own."""
+
+
+def make_sources(
+    part: Part,
+    splits: Sequence[str] = SPLITS,
+    *,
+    download: bool = False,
+    device: torch.device | str = "cpu",
+    allow: Collection[str] | None = None,
+) -> dict[str, TaskSource]:
+    """The data of each split, on a device where they are samples.
+
+    A data set that takes no `split` is made once and cut by its classes, 64 : 16 : 20; a family of functions is whole.
+
+    Raises:
+        ValueError, OSError: the data set cannot be made, read or cut, or `download` is asked of one that fetches none.
+    """
+    found = find_data(part.name, allow)
+    takes = {} if is_data(found) else parameters_of(found)
+    if download and "download" not in takes:
+        raise ValueError(f"download must not be given: data {part.name} fetches nothing")
+
+    def made(**split: str) -> TaskSource:
+        source = found
+        if not is_data(found):
+            given = {**as_declared(found, part.fields), **split, **({"download": True} if download else {})}
+            source = DATA.tried(part.name, lambda: found(**given), "made")
+        if not is_data(source):
+            raise ValueError(
+                f"data {part.name!r} must be, or make, a TaskSource or a data set with targets or get_labels() "
+                f"(got {type(source).__name__})"
+            )
+        if not isinstance(source, TaskSource):
+            source = DATA.tried(part.name, lambda: ClassImages.from_dataset(source), "read")
+        if isinstance(source, ClassImages) and torch.device(device).type != "cpu":
+            source = source.to(device)
+        return source
+
+    if "split" in takes:
+        return {split: made(split=split) for split in splits}
+    source = made()
+    if isinstance(source, ClassImages):
+        parts = source.split_shares(SHARES)
+        return {split: parts[split] for split in splits}
+    if target_shape_of(source) is None:
+        raise ValueError(
+            f"data {part.name!r} must take split ('train', 'validation', 'test'), for its classes cannot be divided"
+        )
+    return dict.fromkeys(splits, source)
+
+
+def make_episodes(config: Config, split: str, source: TaskSource) -> Episodes:
+    """Batches of tasks of a split; those of validation and test are the same whatever the run's seed."""
+    training, sampling = split == "train", config.sampling
+    return Episodes(
+        source,
+        ways=(training and sampling.train_ways) or sampling.ways,
+        shots=(training and sampling.train_shots) or sampling.shots,
+        queries=(training and sampling.train_queries) or sampling.queries,
+        tasks=sampling.tasks,
+        seed=config.training.seed if training else -SPLITS.index(split),
+        split_styles=sampling.split_styles,
+    )
+
+
+def target_shape_of(source: Any) -> tuple[int, ...] | None:
+    """Of a sample's target; None: targets are classes."""
+    return getattr(source, "target_shape", None)
+
+
+def fitted(
+    config: Config,
+    sample_shape: Sequence[int],
+    target_shape: Sequence[int] | None,
+    allow: Collection[str] | None = None,
+) -> Config:
+    """The configuration whose model fits data of these shapes: `ways` and `sample_shape` are no longer open.
+
+    Args:
+        target_shape: None: targets are classes.
+
+    Raises:
+        ValueError: as `check_train_ways` and `check_ways`.
+    """
+    check_train_ways(config, target_shape, allow)
+    if config.model is None:
+        return config
+    encoder = find_learner(config.learner.name, allow).encoder
+    outputs = None if encoder else config.sampling.ways if target_shape is None else math.prod(target_shape)
+    fields = dict(config.model.fields)
+    for name, value in (("ways", outputs), ("sample_shape", list(sample_shape))):
+        if name in fields and fields[name] is None:
+            fields[name] = value
+    config = replace(config, model=Part(config.model.name, fields))
+    check_ways(config, target_shape, allow)
+    return config
+
+
+def check_train_ways(config: Config, target_shape: Sequence[int] | None, allow: Collection[str] | None) -> None:
+    """ValueError where training has other ways than testing, and the learner's model an output for each class."""
+    ways, train_ways = config.sampling.ways, config.sampling.train_ways
+    classes = target_shape is None and config.model is not None
+    if classes and train_ways not in (None, ways) and not find_learner(config.learner.name, allow).encoder:
+        raise ValueError(
+            f"train_ways must be ways, {ways}, for {config.learner.name}, whose model has an output for each class "
+            f"(got {train_ways})"
+        )
+
+
+def check_ways(config: Config, target_shape: Sequence[int] | None, allow: Collection[str] | None) -> None:
+    """ValueError where tasks have more classes than the learner's model has outputs."""
+    outputs = None if config.model is None else config.model.fields.get("ways")
+    classes = target_shape is None and not find_learner(config.learner.name, allow).encoder
+    if classes and outputs is not None and config.sampling.ways > outputs:
+        raise ValueError(f"ways must be at most model.ways, {outputs} (got {config.sampling.ways})")
+
+
+def make_model(part: Part, allow: Collection[str] | None = None) -> nn.Module:
+    """The network of a `fitted` configuration; of a ready module, a copy.
+
+    Raises:
+        ValueError: there is no such model, or its code raises; the cause is attached.
+
+    >>> make_model(Part("mlp", {"ways": 1, "sample_shape": [1]})).head
+    Linear(in_features=40, out_features=1, bias=True)
+    """
+    found = find_model(part.name, allow)
+    if isinstance(found, nn.Module):
+        return MODELS.tried(part.name, lambda: copy.deepcopy(found), "copied")
+    model = MODELS.tried(part.name, lambda: found(**as_declared(found, part.fields)), "made")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model {part.name!r} must be an nn.Module or make one (got {type(model).__name__})")
+    return model
+
+
+def make_learner(config: Config, device: torch.device | str = "cpu", allow: Collection[str] | None = None) -> Learner:
+    """The learner of a `fitted` configuration with fresh weights, drawn on the CPU as the seed gives them.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range, or does not fit the model.
+    """
+    torch.default_generator.manual_seed(config.training.seed)
+    found = find_learner(config.learner.name, allow)
+    given = dict(config.learner.fields)
+    for name, value in (("seed", config.training.seed), ("meta_lr", config.training.meta_lr)):
+        if name in parameters_of(found) and value is not None:
+            given[name] = value
+    if config.model is not None:
+        given["model"] = make_model(config.model, allow).to(device)
+    learner: Learner = LEARNERS.tried(config.learner.name, lambda: found(**as_declared(found, given)), "made")
+    return learner.to(device)
