@@ -412,6 +412,7 @@ def test_several_optimizers():
     assert_same(*runs)
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_learner(tmp_path):
     """Through DDP over gloo: each has half of the tasks, and both arrive where one process with all of them does."""
     program = Path(__file__).with_name("distributed.py")
