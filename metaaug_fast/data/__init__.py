@@ -3,11 +3,15 @@
 from .draws import Draws
 from .episodes import Episodes
 from .readers import Glyphs, Omniglot, Sinusoids, download_omniglot
-from .samples import ClassImages
+from .samples import ClassSamples
 from .source import EpisodeSpec, TaskSource
+
+ClassImages = ClassSamples
+"""Its name while it was thought to hold pictures only."""
 
 __all__ = [
     "ClassImages",
+    "ClassSamples",
     "Draws",
     "EpisodeSpec",
     "Episodes",

@@ -10,7 +10,7 @@ import torch
 from ..checks import check_integer
 from ..tasks import TaskBatch
 from .draws import Draws
-from .samples import ClassImages
+from .samples import ClassSamples
 from .source import EpisodeSpec, TaskSource
 
 
@@ -18,7 +18,7 @@ class Episodes:
     """Batches of few-shot tasks without end: `batch(i)` depends on `seed` and `i` alone.
 
     Args:
-        dataset: a `TaskSource` (`Glyphs`, `Omniglot`, `Sinusoids`, any `ClassImages`), or a torch data set with
+        dataset: a `TaskSource` (`Glyphs`, `Omniglot`, `Sinusoids`, any `ClassSamples`), or a torch data set with
             `targets` or `get_labels()`, which is read into memory once.
         ways, shots, queries: see `EpisodeSpec`; ways mean nothing to a regression family.
         tasks: tasks a batch, T.
@@ -53,7 +53,7 @@ class Episodes:
     ) -> None:
         check_integer("tasks", tasks, low=1)
         check_integer("seed", seed)
-        self.dataset: TaskSource = dataset if isinstance(dataset, TaskSource) else ClassImages.from_dataset(dataset)
+        self.dataset: TaskSource = dataset if isinstance(dataset, TaskSource) else ClassSamples.from_dataset(dataset)
         self.spec = EpisodeSpec(ways, shots, queries, split_styles, dtype)
         self.tasks = tasks
         self.seed = seed

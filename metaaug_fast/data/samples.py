@@ -1,4 +1,4 @@
-"""Labelled images as one tensor, grouped by class, so that an episode is a gather."""
+"""Labelled samples as one tensor, grouped by class, so that an episode is a gather."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from .draws import Draws, shuffled
 from .source import EpisodeSpec, Sampler
 
 MAX_STYLES = 12
+_DTYPES = (torch.uint8, torch.float32, torch.float64, torch.int64)
 
 
-class ClassImages:
-    """Images of many classes, held as one tensor in order of class (and of style within a class).
+class ClassSamples:
+    """Samples of many classes, of any shape, held as one tensor in order of class (and of style within a class).
 
-    Nothing here is particular to pictures: a sample may have any shape. `subset` and `split` share the tensor.
+    `subset` and `split` share the tensor.
 
     Args:
-        images: `[N, H, W]`, `[N, C, H, W]` or any `[N, ...]`; uint8 (a sample is handed out divided by 255, and a
-            single channel is added to `[N, H, W]`), float32 or float64 (as it is). Grouped by class.
-        first: where each class begins in `images`, `[classes]`.
-        counts: images of each class in each style, `[classes, styles]`; one column where there are no styles.
+        samples: pictures `[N, H, W]` or `[N, C, H, W]` in uint8 (a sample is handed out divided by 255, and a single
+            channel is added to `[N, H, W]`), or any `[N, ...]` in float32, float64 or, as token ids, int64 (as it is).
+            Grouped by class.
+        first: where each class begins in `samples`, `[classes]`.
+        counts: samples of each class in each style, `[classes, styles]`; one column where there are no styles.
         names: a name for each class, for messages.
         styles: a name for each style family.
 
@@ -34,9 +36,9 @@ class ClassImages:
         ValueError: the arguments do not fit together.
 
     >>> import torch
-    >>> data = ClassImages.from_arrays(torch.zeros(12, 28, 28, dtype=torch.uint8), torch.arange(12) % 3)
+    >>> data = ClassSamples.from_arrays(torch.zeros(12, 28, 28, dtype=torch.uint8), torch.arange(12) % 3)
     >>> data
-    ClassImages(3 classes, 4 to 4 samples each of shape (1, 28, 28))
+    ClassSamples(3 classes, 4 to 4 samples each of shape (1, 28, 28))
     """
 
     target_shape = None
@@ -44,15 +46,15 @@ class ClassImages:
 
     def __init__(
         self,
-        images: Tensor,
+        samples: Tensor,
         first: Sequence[int] | np.ndarray,
         counts: Sequence[Sequence[int]] | np.ndarray,
         names: Sequence[str],
         styles: Sequence[str] = (),
     ) -> None:
-        if images.dtype not in (torch.uint8, torch.float32, torch.float64):
-            raise ValueError(f"images must be uint8, float32 or float64 (got {images.dtype})")
-        self.images = images.unsqueeze(1) if images.dtype == torch.uint8 and images.ndim == 3 else images
+        if samples.dtype not in _DTYPES:
+            raise ValueError(f"samples must be uint8, float32, float64 or int64 (got {samples.dtype})")
+        self.samples = samples.unsqueeze(1) if samples.dtype == torch.uint8 and samples.ndim == 3 else samples
         self.first = np.asarray(first, dtype=np.int64)
         self.counts = np.asarray(counts, dtype=np.int64)
         self.names = tuple(names)
@@ -64,34 +66,36 @@ class ClassImages:
             )
         self._sizes = self.counts.sum(1)
         ends = self.first + self._sizes
-        if len(self) and (self.first.min() < 0 or self.counts.min() < 0 or ends.max() > len(images)):
-            raise ValueError(f"first and counts must stay within the {len(images)} images (got an end at {ends.max()})")
+        if len(self) and (self.first.min() < 0 or self.counts.min() < 0 or ends.max() > len(samples)):
+            raise ValueError(
+                f"first and counts must stay within the {len(samples)} samples (got an end at {ends.max()})"
+            )
 
     @classmethod
     def from_arrays(
         cls,
-        images: Tensor | np.ndarray,
+        samples: Tensor | np.ndarray,
         labels: Tensor | np.ndarray | Sequence[Any],
         styles: Sequence[Any] | Tensor | np.ndarray | None = None,
-    ) -> ClassImages:
-        """Group images `[N, ...]` by their labels `[N]`; classes in sorted order of the labels.
+    ) -> ClassSamples:
+        """Group samples `[N, ...]` by their labels `[N]`; classes in sorted order of the labels.
 
-        `styles` `[N]`, if given, says which style family each image belongs to.
+        `styles` `[N]`, if given, says which style family each sample belongs to.
         """
-        images = torch.as_tensor(images)
+        samples = torch.as_tensor(samples)
         classes, label_of = np.unique(np.asarray(labels), return_inverse=True)
         families, style_of = np.unique(
-            np.zeros(len(images)) if styles is None else np.asarray(styles), return_inverse=True
+            np.zeros(len(samples)) if styles is None else np.asarray(styles), return_inverse=True
         )
         for name, values in (("labels", label_of), ("styles", style_of)):
-            if values.shape != (len(images),):
-                raise ValueError(f"{name} must have one entry for each of {len(images)} images (got {values.shape})")
+            if values.shape != (len(samples),):
+                raise ValueError(f"{name} must have one entry for each of {len(samples)} samples (got {values.shape})")
         order = np.lexsort((style_of, label_of))
         counts = np.zeros((len(classes), len(families)), dtype=np.int64)
         np.add.at(counts, (label_of, style_of), 1)
         sizes = counts.sum(1)
-        return ClassImages(
-            images[torch.from_numpy(order)],
+        return ClassSamples(
+            samples[torch.from_numpy(order)],
             np.cumsum(sizes) - sizes,
             counts,
             [str(name) for name in classes],
@@ -99,10 +103,10 @@ class ClassImages:
         )
 
     @classmethod
-    def from_dataset(cls, dataset: Any) -> ClassImages:
-        """Read a torch data set of `(image, label)` pairs, of one shape, into memory once.
+    def from_dataset(cls, dataset: Any) -> ClassSamples:
+        """Read a torch data set of `(sample, label)` pairs, of one shape, into memory once.
 
-        Its labels come from `get_labels()` or `targets`. Images are tensors, arrays or PIL images (`[H, W]` or
+        Its labels come from `get_labels()` or `targets`. Samples are tensors, arrays or PIL images (`[H, W]` or
         `[H, W, C]`).
 
         Raises:
@@ -113,7 +117,7 @@ class ClassImages:
         if labels is None:
             raise TypeError(
                 f"dataset must have sampler(spec), get_labels() or targets (got {type(dataset).__name__}); "
-                "ClassImages.from_arrays(images, labels) takes plain tensors"
+                "ClassSamples.from_arrays(samples, labels) takes plain tensors"
             )
         return cls.from_arrays(torch.stack([_as_tensor(dataset[i][0]) for i in range(len(labels))]), labels)
 
@@ -128,23 +132,25 @@ class ClassImages:
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """Shape of one image, `(C, H, W)`."""
-        return tuple(self.images.shape[1:])
+        """Shape of one sample, `(C, H, W)`."""
+        return tuple(self.samples.shape[1:])
 
-    def class_images(self, index: int) -> Tensor:
-        """All images of one class, `[n, C, H, W]`, as stored."""
-        return self.images[self.first[index] : self.first[index] + self._sizes[index]]
+    def class_samples(self, index: int) -> Tensor:
+        """All samples of one class, `[n, C, H, W]`, as stored."""
+        return self.samples[self.first[index] : self.first[index] + self._sizes[index]]
 
-    def subset(self, classes: Iterable[int]) -> ClassImages:
-        """The data set of these classes, in this order; the images are shared."""
+    def subset(self, classes: Iterable[int]) -> ClassSamples:
+        """The data set of these classes, in this order; the samples are shared."""
         rows = np.fromiter(classes, dtype=np.int64)
-        return ClassImages(self.images, self.first[rows], self.counts[rows], [self.names[i] for i in rows], self.styles)
+        return ClassSamples(
+            self.samples, self.first[rows], self.counts[rows], [self.names[i] for i in rows], self.styles
+        )
 
-    def to(self, device: torch.device | str) -> ClassImages:
-        """The data set with its images on a device; episodes are then drawn there, the same ones for the same seed."""
-        return ClassImages(self.images.to(device), self.first, self.counts, self.names, self.styles)
+    def to(self, device: torch.device | str) -> ClassSamples:
+        """The data set with its samples on a device; episodes are then drawn there, the same ones for the same seed."""
+        return ClassSamples(self.samples.to(device), self.first, self.counts, self.names, self.styles)
 
-    def split(self, sizes: Sequence[int], seed: int = 0) -> list[ClassImages]:
+    def split(self, sizes: Sequence[int], seed: int = 0) -> list[ClassSamples]:
         """Disjoint data sets of `sizes` classes each, from one shuffle of the classes given by the seed.
 
         Raises:
@@ -155,39 +161,39 @@ class ClassImages:
         parts = np.split(shuffled(len(self), seed), np.cumsum(sizes))
         return [self.subset(part) for part in parts[: len(sizes)]]
 
-    def split_shares(self, sizes: Mapping[str, int], seed: int = 0) -> dict[str, ClassImages]:
+    def split_shares(self, sizes: Mapping[str, int], seed: int = 0) -> dict[str, ClassSamples]:
         """Split by name into parts of these sizes, or of the same shares where the sizes add up to another total."""
         bounds = np.cumsum([0, *sizes.values()])
         parts = np.diff(np.round(bounds / bounds[-1] * len(self)).astype(int))
         return dict(zip(sizes, self.split(parts.tolist(), seed), strict=True))
 
-    def with_rotations(self) -> ClassImages:
+    def with_rotations(self) -> ClassSamples:
         """Four times the classes: every class turned by 0, 90, 180 and 270 degrees (counter-clockwise).
 
         Raises:
-            ValueError: the images are not square.
+            ValueError: the samples are no square pictures.
         """
-        if self.images.ndim != 4 or self.images.shape[2] != self.images.shape[3]:
-            raise ValueError(f"with_rotations needs square images [N, C, H, H] (got {tuple(self.images.shape)})")
+        if self.samples.ndim != 4 or self.samples.shape[2] != self.samples.shape[3]:
+            raise ValueError(f"with_rotations needs square pictures [N, C, H, H] (got {tuple(self.samples.shape)})")
         first = np.cumsum(self._sizes) - self._sizes
-        # Only the images of these classes: the tensor may be shared with other splits.
+        # Only the samples of these classes: the tensor may be shared with other splits.
         rows = np.arange(self._sizes.sum()) + np.repeat(self.first - first, self._sizes)
-        images = self.images[torch.from_numpy(rows)]
-        return ClassImages(
-            torch.cat([images.rot90(turns, (2, 3)) for turns in range(4)]),
-            np.concatenate([first + turns * len(images) for turns in range(4)]),
+        samples = self.samples[torch.from_numpy(rows)]
+        return ClassSamples(
+            torch.cat([samples.rot90(turns, (2, 3)) for turns in range(4)]),
+            np.concatenate([first + turns * len(samples) for turns in range(4)]),
             np.tile(self.counts, (4, 1)),
             [f"{name} turned by {90 * turns}" if turns else name for turns in range(4) for name in self.names],
             self.styles,
         )
 
     def sampler(self, spec: EpisodeSpec) -> Sampler:
-        """Draw episodes by `spec`: classes, then (with `split_styles`) styles of the support set, then images.
+        """Draw episodes by `spec`: classes, then (with `split_styles`) styles of the support set, then samples.
 
         A task's stream (see `draws.py`) is consumed as: `distinct(classes, ways)`; without `split_styles`
-        `distinct(images of the class, shots + queries)` for every class, support first; with it, `distinct(divisions,
-        1)`, one of the ways to divide the styles in two that leaves every class enough images on both sides, then
-        `distinct(its images on the support side, shots)` and `distinct(its images on the query side, queries)`.
+        `distinct(samples of the class, shots + queries)` for every class, support first; with it, `distinct(divisions,
+        1)`, one of the ways to divide the styles in two that leaves every class enough samples on both sides, then
+        `distinct(its samples on the support side, shots)` and `distinct(its samples on the query side, queries)`.
 
         Raises:
             ValueError: too few classes, samples in a class, or styles.
@@ -196,9 +202,9 @@ class ClassImages:
             raise ValueError(f"ways must be at most the data set's {len(self)} classes (got {spec.ways})")
         self._check_sizes(spec)
         divisions = self._divisions(spec) if spec.split_styles else None
-        if divisions is None and self.images.is_cuda and _C.cuda:
+        if divisions is None and self.samples.is_cuda and _C.cuda:
             return self._device_sampler(spec)
-        labels = torch.arange(spec.ways, device=self.images.device)
+        labels = torch.arange(spec.ways, device=self.samples.device)
         support_y, query_y = labels.repeat_interleave(spec.shots), labels.repeat_interleave(spec.queries)
 
         def sample(draws: Draws) -> TaskBatch:
@@ -222,13 +228,13 @@ class ClassImages:
         return sample
 
     def _device_sampler(self, spec: EpisodeSpec) -> Sampler:
-        """The sampler without styles in one kernel, which draws where the images lie."""
-        first, sizes = (torch.from_numpy(each).to(self.images.device) for each in (self.first, self._sizes))
+        """The sampler without styles in one kernel, which draws where the samples lie."""
+        first, sizes = (torch.from_numpy(each).to(self.samples.device) for each in (self.first, self._sizes))
 
         def sample(draws: Draws) -> TaskBatch:
             counts = (draws.tasks, spec.ways, spec.shots, spec.queries)
             in_double = spec.dtype == torch.float64
-            return TaskBatch(*_C.sample_episodes(self.images, first, sizes, draws.key, *counts, in_double))
+            return TaskBatch(*_C.sample_episodes(self.samples, first, sizes, draws.key, *counts, in_double))
 
         return sample
 
@@ -243,7 +249,7 @@ class ClassImages:
             )
 
     def _divisions(self, spec: EpisodeSpec) -> np.ndarray:
-        """Every choice of styles for the support set that leaves all classes enough images: bool `[..., styles]`."""
+        """Every choice of styles for the support set that leaves all classes enough samples: bool `[..., styles]`."""
         styles = len(self.styles)
         if not 2 <= styles <= MAX_STYLES:
             raise ValueError(f"split_styles needs a data set with 2 to {MAX_STYLES} styles (got {styles})")
@@ -260,26 +266,28 @@ class ClassImages:
         return choices[possible].astype(bool)
 
     def _rows(self, draws: Draws, classes: np.ndarray, chosen: np.ndarray, count: int) -> np.ndarray:
-        """Draw `count` images in the chosen styles `[T, 1, styles]` of the classes `[T, ways]`: `[T, ways, count]`."""
+        """Draw `count` samples in the chosen styles `[T, 1, styles]` of the classes `[T, ways]`: `[T, ways, count]`."""
         counts = self.counts[classes]
         ends = (counts * chosen).cumsum(-1)
         picks = draws.distinct(ends[..., -1], count)
         style = (picks[..., None] >= ends[..., None, :]).sum(-1)
-        # The images of the styles left out, which lie in front of the pick in the class.
+        # The samples of the styles left out, which lie in front of the pick in the class.
         skipped = np.take_along_axis((counts * ~chosen).cumsum(-1), style, -1)
         return picks + skipped + self.first[classes][..., None]
 
     def _gather(self, rows: np.ndarray, dtype: torch.dtype) -> Tensor:
-        """The images at rows `[T, ways, n]`, `[T, ways * n, ...]`."""
-        picked = self.images.index_select(0, torch.from_numpy(rows.reshape(-1)).to(self.images.device))
+        """The samples at rows `[T, ways, n]`, `[T, ways * n, ...]`."""
+        picked = self.samples.index_select(0, torch.from_numpy(rows.reshape(-1)).to(self.samples.device))
         shape = (len(rows), rows.shape[1] * rows.shape[2], *self.sample_shape)
+        if picked.dtype == torch.int64:
+            return picked.view(shape)
         scaled = picked.to(dtype).div_(255) if picked.dtype == torch.uint8 else picked.to(dtype)
         return scaled.view(shape)
 
 
-def _as_tensor(image: Any) -> Tensor:
+def _as_tensor(sample: Any) -> Tensor:
     """A tensor `[C, H, W]` or `[H, W]` of a tensor, or of a PIL image or array `[H, W]` or `[H, W, C]`."""
-    if isinstance(image, Tensor):
-        return image
-    array = torch.from_numpy(np.array(image))
+    if isinstance(sample, Tensor):
+        return sample
+    array = torch.from_numpy(np.array(sample))
     return array.permute(2, 0, 1) if array.ndim == 3 else array

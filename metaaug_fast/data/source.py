@@ -42,7 +42,7 @@ class EpisodeSpec:
 
 @runtime_checkable
 class TaskSource(Protocol):
-    """Anything tasks can be drawn from: `ClassImages`, `Sinusoids`, or a class of your own.
+    """Anything tasks can be drawn from: `ClassSamples`, `Sinusoids`, or a class of your own.
 
     A run also reads two attributes, where there are any: `target_shape` of a sample, if targets are numbers rather than
     class ids, and `default_model`, the name of a model that suits it.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data import ClassImages, Episodes, TaskSource
+from ..data import ClassSamples, Episodes, TaskSource
 from ..learners.base import Learner
 from .config import Config, Part
 from .fields import as_declared, parameters_of
@@ -53,15 +53,15 @@ def make_sources(
                 f"(got {type(source).__name__})"
             )
         if not isinstance(source, TaskSource):
-            source = DATA.tried(part.name, lambda: ClassImages.from_dataset(source), "read")
-        if isinstance(source, ClassImages) and torch.device(device).type != "cpu":
+            source = DATA.tried(part.name, lambda: ClassSamples.from_dataset(source), "read")
+        if isinstance(source, ClassSamples) and torch.device(device).type != "cpu":
             source = source.to(device)
         return source
 
     if "split" in takes:
         return {split: made(split=split) for split in splits}
     source = made()
-    if isinstance(source, ClassImages):
+    if isinstance(source, ClassSamples):
         parts = source.split_shares(SHARES)
         return {split: parts[split] for split in splits}
     if target_shape_of(source) is None:

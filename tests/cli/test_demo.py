@@ -6,7 +6,7 @@ import torch
 
 from metaaug_fast.cli import demo as demos
 from metaaug_fast.cli.main import main
-from metaaug_fast.data import ClassImages, Episodes
+from metaaug_fast.data import ClassSamples, Episodes
 from metaaug_fast.learners.maml import MAML
 from metaaug_fast.models import conv4, strided_conv4
 
@@ -14,7 +14,7 @@ from metaaug_fast.models import conv4, strided_conv4
 @pytest.mark.parametrize("net", [conv4, strided_conv4])
 @pytest.mark.parametrize("steps", [1, 2])
 def test_the_rival_does_the_same_work(net, steps):
-    images = ClassImages.from_arrays(torch.rand(30, 1, 28, 28), torch.arange(30) % 6)
+    images = ClassSamples.from_arrays(torch.rand(30, 1, 28, 28), torch.arange(30) % 6)
     tasks = next(Episodes(images, queries=2, tasks=3))
     learner = MAML(net(hidden=4), inner_lr=0.2, inner_steps=steps)
     assert demos.difference(learner, tasks) < 1e-9

@@ -376,8 +376,8 @@ def test_evaluate_judges_and_draws_other_tasks(judged, tmp_path, capsys):
 def test_pictures_are_of_images_and_curves(tmp_path, own_code, capsys):
     own_code(
         "flat",
-        "import torch\nfrom metaaug_fast.data import ClassImages\n"
-        "def data(): return ClassImages.from_arrays(torch.rand(200, 6), torch.arange(50).repeat(4))\n",
+        "import torch\nfrom metaaug_fast.data import ClassSamples\n"
+        "def data(): return ClassSamples.from_arrays(torch.rand(200, 6), torch.arange(50).repeat(4))\n",
     )
     arguments = [
         "--data",

@@ -19,7 +19,7 @@ OWN = '''
 import torch
 from torch import nn
 import metaaug_fast as mf
-from metaaug_fast.data import ClassImages, Sinusoids
+from metaaug_fast.data import ClassSamples, Sinusoids
 from metaaug_fast.models import perceptron
 
 
@@ -67,18 +67,18 @@ def arrays(classes, seed):
     return labels[:, None, None, None] % 7 + torch.rand(8 * classes, 1, 4, 4, generator=generator), labels
 
 
-class Data(ClassImages):
+class Data(ClassSamples):
     def __init__(self, classes: int = 50):
-        data = ClassImages.from_arrays(*arrays(classes, 1))
-        super().__init__(data.images, data.first, data.counts, data.names)
+        data = ClassSamples.from_arrays(*arrays(classes, 1))
+        super().__init__(data.samples, data.first, data.counts, data.names)
 
 
-class Split(ClassImages):
+class Split(ClassSamples):
     default_model = "own:shaped"
 
     def __init__(self, split: str):
-        data = ClassImages.from_arrays(*arrays(12, ["train", "validation", "test"].index(split)))
-        super().__init__(data.images, data.first, data.counts, data.names)
+        data = ClassSamples.from_arrays(*arrays(12, ["train", "validation", "test"].index(split)))
+        super().__init__(data.samples, data.first, data.counts, data.names)
 
 
 class Dataset(torch.utils.data.Dataset):
@@ -90,7 +90,7 @@ class Dataset(torch.utils.data.Dataset):
 
 
 def made():
-    return ClassImages.from_arrays(*arrays(50, 3))
+    return ClassSamples.from_arrays(*arrays(50, 3))
 
 
 ready, dataset, curves = made(), Dataset(), Sinusoids(amplitude=(1.0, 2.0))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from metaaug_fast.data import ClassImages, Episodes, Sinusoids
+from metaaug_fast.data import ClassSamples, Episodes, Sinusoids
 from metaaug_fast.tasks import TaskBatch
 
 
@@ -14,7 +14,7 @@ def coded(rng, classes, least, styles=1):
     labels = np.repeat(np.arange(classes), counts.sum(1))
     style = np.concatenate([np.repeat(np.arange(styles), row) for row in counts])
     samples = torch.from_numpy(np.stack([labels, np.arange(len(labels))], 1)).float()
-    return ClassImages.from_arrays(samples, labels, style if styles > 1 else None), style
+    return ClassSamples.from_arrays(samples, labels, style if styles > 1 else None), style
 
 
 def equal(left: TaskBatch, right: TaskBatch) -> bool:
@@ -42,7 +42,7 @@ def test_an_episode_is_what_it_should_be(rng):
 
 
 def test_classes_and_samples_are_drawn_evenly(rng):
-    data = ClassImages.from_arrays(torch.arange(48.0).view(48, 1), np.arange(48) // 6)
+    data = ClassSamples.from_arrays(torch.arange(48.0).view(48, 1), np.arange(48) // 6)
     batch = Episodes(data, ways=3, shots=1, queries=2, tasks=16_000, seed=int(rng.integers(2**40))).batch(0)
     for samples in (batch.support_x[:, 0], batch.query_x[:, 3]):
         counts = torch.bincount(samples.flatten().long(), minlength=48).double()
@@ -68,7 +68,7 @@ def test_support_and_queries_come_from_different_styles(rng):
 def test_styles_are_divided_evenly_and_only_where_enough_remains(rng):
     # Class 1 lacks style 2, so that {0, 1} | {2} and its mirror cannot be asked of it.
     style = np.array([0, 0, 1, 1, 2, 2, 0, 0, 1, 1])
-    data = ClassImages.from_arrays(torch.arange(10.0).view(10, 1), [0] * 6 + [1] * 4, style)
+    data = ClassSamples.from_arrays(torch.arange(10.0).view(10, 1), [0] * 6 + [1] * 4, style)
     episodes = Episodes(data, 2, 1, 2, tasks=4000, seed=int(rng.integers(2**40)), split_styles=True)
     batch = episodes.batch(0)
     seen: dict[tuple, int] = {}
@@ -101,7 +101,7 @@ def test_reproducible_and_resumable(rng):
 def test_pictures_arrive_between_0_and_1(rng):
     images = torch.from_numpy(rng.integers(0, 256, (12, 4, 4), dtype=np.uint8))
     images[0, 0, 0], images[0, 0, 1] = 0, 255
-    data = ClassImages.from_arrays(images, np.arange(12) // 6)
+    data = ClassSamples.from_arrays(images, np.arange(12) // 6)
     for dtype in (torch.float32, torch.float64):
         batch = Episodes(data, ways=2, shots=3, queries=3, tasks=1, dtype=dtype).batch(0)
         got = torch.cat([batch.support_x, batch.query_x], 1)[0]
@@ -157,13 +157,13 @@ def test_sample_shape(rng):
 )
 def test_bad_arguments(arguments, error, message):
     labels = np.repeat(list("abcde"), [8, 7, 6, 4, 9])
-    data = ClassImages.from_arrays(torch.zeros(len(labels), 2), labels)
+    data = ClassSamples.from_arrays(torch.zeros(len(labels), 2), labels)
     with pytest.raises(error, match=message):
         Episodes(data, **{"queries": 3, **arguments})
 
 
 def test_too_few_styles():
-    data = ClassImages.from_arrays(torch.zeros(8, 2), list("aaaabbbb"), list("xxyyxyyy"))
+    data = ClassSamples.from_arrays(torch.zeros(8, 2), list("aaaabbbb"), list("xxyyxyyy"))
     with pytest.raises(ValueError, match=r"divided into 2 support and 2 query .*\(got class 'b' with x: 1, y: 3\)"):
         Episodes(data, ways=2, shots=2, queries=2, split_styles=True)
     Episodes(data, ways=2, shots=1, queries=2, split_styles=True)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils import cpp_extension
 
 import metaaug_fast as mf
-from metaaug_fast.data import ClassImages, EpisodeSpec, samples
+from metaaug_fast.data import ClassSamples, EpisodeSpec, samples
 from metaaug_fast.data.draws import Draws
 from metaaug_fast.engine import fused
 from metaaug_fast.engine.problem import inner_problem
@@ -150,7 +150,7 @@ def test_episodes_drawn_by_a_kernel_are_those_of_the_cpu(dtype, stored, extensio
     monkeypatch.setattr(samples, "_C", extension)
     labels = torch.cat([torch.arange(9).repeat(3), torch.randint(9, (123,))])  # 3 of each class at least
     pictures = torch.randint(256, (150, 2, 3, 5)).to(stored)
-    dataset = ClassImages.from_arrays(pictures, labels)
+    dataset = ClassSamples.from_arrays(pictures, labels)
     smallest = int(dataset.counts.sum(1).min())
     most = min(len(dataset), (1 << 10) // 8 // (1 + smallest))  # for which the least shared memory is enough
     spec = EpisodeSpec(int(torch.randint(1, most + 1, ())), 1, smallest - 1, dtype=dtype)

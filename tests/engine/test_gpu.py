@@ -10,7 +10,7 @@ from torch import nn
 
 import metaaug_fast as mf
 from metaaug_fast import _C
-from metaaug_fast.data import ClassImages
+from metaaug_fast.data import ClassSamples
 from metaaug_fast.engine import reference
 from metaaug_fast.engine.problem import Query, Support, inner_problem
 from metaaug_fast.errors import NonFiniteError
@@ -168,7 +168,7 @@ def test_a_meta_step_does_not_wait_for_the_gpu(shared_bytes):
 def test_a_learners_training_step_does_not_wait_for_the_gpu(net):
     """Episodes drawn there, the meta-loss, its gradient and the optimizer's step."""
     conv = net == "conv4"
-    images = ClassImages.from_arrays(torch.randint(256, (200, 28, 28)).byte(), torch.arange(200) % 10).to("cuda")
+    images = ClassSamples.from_arrays(torch.randint(256, (200, 28, 28)).byte(), torch.arange(200) % 10).to("cuda")
     episodes = mf.data.Episodes(images, ways=5, tasks=4)
     model = mf.models.conv4(ways=5) if conv else nn.Sequential(nn.Flatten(), nn.Linear(784, 5))
     maml = mf.MAML(model.cuda(), 0.1, 2)
@@ -250,7 +250,7 @@ def test_what_a_graph_would_repeat_or_allocate_is_refused():
     executor_of(dropout, support.x).meta_loss(dropout, support, query)
     with pytest.raises(ValueError, match="dropout cannot be captured"):
         captured(lambda: executor_of(dropout, support.x).meta_loss(dropout, support, query))
-    images = ClassImages.from_arrays(torch.randint(256, (50, 6, 6)).byte(), torch.arange(50) % 10).to("cuda")
+    images = ClassSamples.from_arrays(torch.randint(256, (50, 6, 6)).byte(), torch.arange(50) % 10).to("cuda")
     episodes = mf.data.Episodes(images, ways=5, tasks=4)
     next(episodes)
     with pytest.raises(ValueError, match="episodes cannot be drawn in a CUDA graph"):
@@ -360,13 +360,13 @@ def test_learners_and_evaluation_on_the_gpu():
 
 
 def test_episodes_drawn_on_the_gpu_are_those_of_the_cpu():
-    dataset = ClassImages.from_arrays(torch.randint(256, (200, 28, 28)).byte(), torch.arange(200) % 10)
+    dataset = ClassSamples.from_arrays(torch.randint(256, (200, 28, 28)).byte(), torch.arange(200) % 10)
     on_cpu, on_gpu = (mf.data.Episodes(each, queries=3, tasks=7, seed=5) for each in (dataset, dataset.to("cuda")))
     for index in (0, 9):
         expected, got = on_cpu.batch(index), on_gpu.batch(index)
         for name in ("support_x", "support_y", "query_x", "query_y"):
             assert torch.equal(getattr(got, name).cpu(), getattr(expected, name))
-    dataset = ClassImages.from_arrays(torch.zeros(40_000, 1, dtype=torch.uint8), torch.arange(40_000) % 2)
+    dataset = ClassSamples.from_arrays(torch.zeros(40_000, 1, dtype=torch.uint8), torch.arange(40_000) % 2)
     many = mf.data.Episodes(dataset.to("cuda"), ways=2, shots=10_000, queries=10_000)
     with pytest.raises(ValueError, match="on this GPU"):
         many.batch(0)

@@ -58,7 +58,7 @@ def test_every_learner_trains_from_a_model_alone(name):
     """With its own defaults, on classes that are easy to tell apart."""
     centres = 4 * torch.randn(30, FEATURES)
     labels = torch.arange(30).repeat_interleave(8)
-    dataset = mf.data.ClassImages.from_arrays(centres[labels] + 0.5 * torch.randn(len(labels), FEATURES), labels)
+    dataset = mf.data.ClassSamples.from_arrays(centres[labels] + 0.5 * torch.randn(len(labels), FEATURES), labels)
     episodes = mf.data.Episodes(dataset, ways=WAYS, shots=3, queries=3, tasks=8)
     learner = LEARNERS[name](perceptron(ways_of(name), (FEATURES,), (32,)))
     mf.train(learner, episodes, 1500, progress=False)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from metaaug_fast.data import ClassImages, Sinusoids
+from metaaug_fast.data import ClassSamples, Sinusoids
 from metaaug_fast.runs import configure, recipe, recipes
 from metaaug_fast.runs.build import (
     SPLITS,
@@ -22,30 +22,30 @@ OWN = """
 import torch
 from torch import nn
 from metaaug_fast import MAML
-from metaaug_fast.data import ClassImages, Sinusoids
+from metaaug_fast.data import ClassSamples, Sinusoids
 
 calls = []
 
 def arrays(classes=50):
     return torch.rand(4 * classes, 1, 4, 4), torch.arange(classes).repeat(4)
 
-class Split(ClassImages):
+class Split(ClassSamples):
     def __init__(self, split, size: int = 4):
         calls.append(split)
-        data = ClassImages.from_arrays(torch.rand(40, size, size), torch.arange(10).repeat(4))
-        super().__init__(data.images, data.first, data.counts, [f"{split} {name}" for name in data.names])
+        data = ClassSamples.from_arrays(torch.rand(40, size, size), torch.arange(10).repeat(4))
+        super().__init__(data.samples, data.first, data.counts, [f"{split} {name}" for name in data.names])
 
-class Whole(ClassImages):
+class Whole(ClassSamples):
     def __init__(self, classes: int = 50):
         calls.append("whole")
-        data = ClassImages.from_arrays(*arrays(classes))
-        super().__init__(data.images, data.first, data.counts, data.names)
+        data = ClassSamples.from_arrays(*arrays(classes))
+        super().__init__(data.samples, data.first, data.counts, data.names)
 
 def made(classes: int = 50):
     calls.append("made")
-    return ClassImages.from_arrays(*arrays(classes))
+    return ClassSamples.from_arrays(*arrays(classes))
 
-ready = ClassImages.from_arrays(*arrays())
+ready = ClassSamples.from_arrays(*arrays())
 
 class Dataset(torch.utils.data.Dataset):
     def __init__(self, classes: int = 50):
@@ -281,6 +281,6 @@ def test_the_run_gives_its_seed_and_rate(own):
     assert (learner.seed, learner.meta_lr) == (6, 0.25)
 
 
-def test_sources_of_another_kind_are_class_images(own):
-    assert isinstance(make_sources(Part("own:dataset", {}))["train"], ClassImages)
+def test_sources_of_another_kind_are_class_samples(own):
+    assert isinstance(make_sources(Part("own:dataset", {}))["train"], ClassSamples)
     assert isinstance(make_model(Part("own:net", {})), nn.Module)

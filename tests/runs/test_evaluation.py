@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from metaaug_fast.data import ClassImages, Episodes, Sinusoids
+from metaaug_fast.data import ClassSamples, Episodes, Sinusoids
 from metaaug_fast.learners.maml import MAML
 from metaaug_fast.learners.reptile import Reptile
 from metaaug_fast.models import mlp, strided_conv4
@@ -15,7 +15,7 @@ def blobs(classes=12, samples=8):
     """Classes that are easy to tell apart: a direction each, with noise."""
     centres = torch.randn(classes, 1, 6)
     points = centres + 0.3 * torch.randn(classes, samples, 6)
-    return ClassImages.from_arrays(points.flatten(0, 1), torch.arange(classes).repeat_interleave(samples))
+    return ClassSamples.from_arrays(points.flatten(0, 1), torch.arange(classes).repeat_interleave(samples))
 
 
 def test_accuracy_and_interval_are_those_of_the_episodes():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from metaaug_fast.data import ClassImages, Episodes, Sinusoids
+from metaaug_fast.data import ClassSamples, Episodes, Sinusoids
 from metaaug_fast.errors import CheckpointError, NonFiniteError
 from metaaug_fast.learners import MAML, ProtoNet
 from metaaug_fast.models import mlp
@@ -156,7 +156,7 @@ def test_runs_outside_the_main_thread():
 
 SCRIPT = """
 import sys, torch
-from metaaug_fast.data import ClassImages, Episodes, Sinusoids
+from metaaug_fast.data import ClassSamples, Episodes, Sinusoids
 from metaaug_fast.learners import MAML, ProtoNet
 from metaaug_fast.models import mlp
 from metaaug_fast.runs.training import train
@@ -365,7 +365,7 @@ def test_the_best_is_kept_beside(tmp_path):
 def test_a_loss_that_is_not_finite_is_never_saved(tmp_path):
     """Of a learner whose loss nobody else looks at."""
     learner = ProtoNet(mlp([2, 4]))
-    dataset = ClassImages.from_arrays(torch.randn(20, 2), torch.arange(20) % 4)
+    dataset = ClassSamples.from_arrays(torch.randn(20, 2), torch.arange(20) % 4)
     episodes = Episodes(dataset, ways=3, shots=1, queries=2, tasks=2)
 
     def spoil(done):

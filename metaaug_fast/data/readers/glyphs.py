@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, features
 
 from ..cache import Arrays, cached_arrays, file_digest
-from ..samples import ClassImages
+from ..samples import ClassSamples
 
 # The families that `split_styles` divides. The other fonts of matplotlib hold symbols, or a box for every code point;
 # cmti10 comes with its later releases only.
@@ -38,7 +38,7 @@ LOOK_ALIKE = 0.02
 _OVERSAMPLE = 4
 
 
-class Glyphs(ClassImages):
+class Glyphs(ClassSamples):
     """Letters in up to 21 typefaces of five families, one picture a typeface; ink is 1, paper is 0.
 
     A class is a letter (Unicode category L: Latin, Greek, Cyrillic, Armenian, Georgian, phonetic signs, ...) that at
@@ -79,7 +79,7 @@ class Glyphs(ClassImages):
         names = ("images", "counts", "letters")
         stored = cached_arrays("glyphs", made_from, lambda: _draw_all(fonts, size, styles_min), cache_dir, names=names)
         sizes = stored["counts"].sum(1)
-        data = ClassImages(
+        data = ClassSamples(
             torch.from_numpy(stored["images"]),
             np.cumsum(sizes) - sizes,
             stored["counts"],
@@ -88,7 +88,7 @@ class Glyphs(ClassImages):
         )
         if split != "all":
             data = data.split_shares(SPLIT, seed)[split]
-        super().__init__(data.images, data.first, data.counts, data.names, data.styles)
+        super().__init__(data.samples, data.first, data.counts, data.names, data.styles)
 
 
 def _name(letters: str) -> str:

@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..cache import Arrays, cached_arrays, expanded, file_digest
-from ..samples import ClassImages
+from ..samples import ClassSamples
 
 ARCHIVES = ("images_background", "images_evaluation")
 URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
@@ -58,7 +58,7 @@ _DAMAGE = (
 )
 
 
-class Omniglot(ClassImages):
+class Omniglot(ClassSamples):
     """Handwritten characters, 20 drawings a class; ink is 1, paper is 0, nothing in between.
 
     Args:
@@ -106,12 +106,12 @@ class Omniglot(ClassImages):
         _warn_of_gaps(sources, size, stored)
         names, counts = stored["names"].tolist(), stored["counts"]
         images = torch.from_numpy(np.unpackbits(stored["packed"], axis=1, count=size * size) * np.uint8(255))
-        data = ClassImages(images.view(-1, size, size), np.cumsum(counts) - counts, counts[:, None], names)
+        data = ClassSamples(images.view(-1, size, size), np.cumsum(counts) - counts, counts[:, None], names)
         if split != "all":
             data = data.split_shares(SPLIT, seed)[split]
         if rotations or (rotations is None and split == "train"):
             data = data.with_rotations()
-        super().__init__(data.images, data.first, data.counts, data.names)
+        super().__init__(data.samples, data.first, data.counts, data.names)
 
 
 def download_omniglot(root: str | os.PathLike[str], url: str = URL, md5: Mapping[str, str] = MD5) -> None:

@@ -47,7 +47,7 @@ def test_about_as_many_letters_as_omniglot(everything):
 
 
 def test_pictures_are_centred_within_the_margin(everything):
-    ink = everything.images[:, 0].numpy() > 0
+    ink = everything.samples[:, 0].numpy() > 0
     assert ink.any((1, 2)).all()
     for axis in (1, 2):
         along = ink.any(axis)
@@ -55,13 +55,13 @@ def test_pictures_are_centred_within_the_margin(everything):
         assert first.min() >= 1
         assert last.max() <= 26
         assert abs(first + last - 27).max() <= 1
-    assert everything.images.max() == 255
+    assert everything.samples.max() == 255
 
 
 def test_size_is_the_typeface_s(everything):
     height = {}
     for letter in "xX":
-        image = everything.class_images(by_letter(everything)[letter])[0, 0].numpy()
+        image = everything.class_samples(by_letter(everything)[letter])[0, 0].numpy()
         height[letter] = (image.max(1) > 127).sum()
     assert height["x"] < height["X"] < 20
 
@@ -84,7 +84,7 @@ def test_no_two_classes_share_their_pictures(everything):
     seen: dict[bytes, int] = {}
     shared: dict[tuple[int, int], int] = {}
     for index in range(len(everything)):
-        for image in {image.numpy().tobytes() for image in everything.class_images(index)}:
+        for image in {image.numpy().tobytes() for image in everything.class_samples(index)}:
             if image in seen:
                 shared[seen[image], index] = shared.get((seen[image], index), 0) + 1
             seen.setdefault(image, index)
@@ -94,7 +94,7 @@ def test_no_two_classes_share_their_pictures(everything):
 
 def test_no_missing_glyph_boxes(everything):
     folder = f"{matplotlib.get_data_path()}/fonts/ttf"
-    pictures = {image.tobytes() for image in everything.images[:, 0].numpy()}
+    pictures = {image.tobytes() for image in everything.samples[:, 0].numpy()}
     for name in (name for names in glyphs.FAMILIES.values() for name in names):
         font = ImageFont.truetype(f"{folder}/{name}.ttf", 24 * 4, layout_engine=ImageFont.Layout.BASIC)
         box = glyphs._draw(font, "\U0010fffe", 28)
@@ -113,7 +113,7 @@ def test_pictures_are_the_letters(everything):
         centred = Image.new("L", (28, 28))
         centred.paste(canvas.crop((left, top, right, bottom)), ((28 - right + left) // 2, (28 - bottom + top) // 2))
         direct = np.asarray(centred, dtype=float)
-        ours = everything.class_images(letters[letter])[0, 0].numpy().astype(float)
+        ours = everything.class_samples(letters[letter])[0, 0].numpy().astype(float)
         shifts = [np.roll(direct, (i, j), (0, 1)) for i in (-1, 0, 1) for j in (-1, 0, 1)]
         assert max(np.corrcoef(ours.ravel(), shifted.ravel())[0, 1] for shifted in shifts) > 0.8
 
@@ -141,7 +141,7 @@ def test_rendering_is_deterministic(everything, tmp_path, monkeypatch, two_fonts
     first = Glyphs(styles_min=2, split="all", cache_dir=tmp_path / "a")
     second = Glyphs(styles_min=2, split="all", cache_dir=tmp_path / "b")
     assert first.names == second.names
-    assert torch.equal(first.images, second.images)
+    assert torch.equal(first.samples, second.samples)
     # TeX's encoding is left alone beyond ASCII.
     assert "".join(name[0] for name in first.names) == "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
@@ -152,7 +152,7 @@ def test_other_sizes_and_cache(two_fonts, tmp_path, monkeypatch):
     assert small.sample_shape == (1, 14, 14)
     assert large.sample_shape == (1, 64, 64)
     monkeypatch.setattr(glyphs, "_draw", lambda *_: pytest.fail("drawn again"))
-    assert torch.equal(Glyphs(size=14, styles_min=2, cache_dir=tmp_path).images, small.images)
+    assert torch.equal(Glyphs(size=14, styles_min=2, cache_dir=tmp_path).samples, small.samples)
 
 
 def test_bad_arguments(two_fonts, monkeypatch):

@@ -74,13 +74,13 @@ def test_ink_is_one_and_large_pictures_are_reduced_to_the_nearest_pixel(zips, pi
             by_name[name.split("/", 1)[1].rpartition("/")[0]].append(~paper[np.ix_(at, at)])
     assert data.names == tuple(sorted(by_name))
     for index, name in enumerate(data.names):
-        assert (data.class_images(index)[:, 0].numpy() == np.array(by_name[name]) * 255).all()
+        assert (data.class_samples(index)[:, 0].numpy() == np.array(by_name[name]) * 255).all()
 
 
 def test_zips_and_folders_hold_the_same(zips, folders):
     packed, unpacked = Omniglot(zips, "all"), Omniglot(folders, "all")
     assert packed.names == unpacked.names
-    assert torch.equal(packed.images, unpacked.images)
+    assert torch.equal(packed.samples, unpacked.samples)
 
 
 def test_split_and_rotations(zips):
@@ -90,7 +90,7 @@ def test_split_and_rotations(zips):
     turned = Omniglot(zips)
     assert len(turned) == 4 * 28
     assert turned.names[:28] == parts["train"].names
-    assert torch.equal(turned.class_images(30), turned.class_images(2).rot90(1, (2, 3)))
+    assert torch.equal(turned.class_samples(30), turned.class_samples(2).rot90(1, (2, 3)))
     assert len(Omniglot(zips, "test")) == 11
     assert len(Omniglot(zips, "test", rotations=True)) == 44
     assert Omniglot(zips, "test", seed=1).names != parts["test"].names
@@ -105,7 +105,7 @@ def test_episodes(zips):
 def test_second_start_decodes_nothing(zips, monkeypatch):
     first = Omniglot(zips, "all")
     monkeypatch.setattr(omniglot, "_ink", lambda *_: pytest.fail("decoded again"))
-    assert torch.equal(Omniglot(zips, "all").images, first.images)
+    assert torch.equal(Omniglot(zips, "all").samples, first.samples)
 
 
 @pytest.mark.parametrize("form", ["zips", "folders"])
@@ -206,7 +206,7 @@ def test_download(server, zips, tmp_path, monkeypatch, capsys):
     served, url = server
     monkeypatch.setattr(omniglot, "download_omniglot", partial(download_omniglot, url=url, md5=digests(served)))
     data = Omniglot(tmp_path / "new", "all", download=True)
-    assert torch.equal(data.images, Omniglot(zips, "all").images)
+    assert torch.equal(data.samples, Omniglot(zips, "all").samples)
     assert "images_background.zip: 100%" in capsys.readouterr().err
     served.clear()
     Omniglot(tmp_path / "new", download=True)
@@ -263,7 +263,7 @@ def test_real_archives(real_omniglot):
     assert len(Omniglot(real_omniglot, "validation")) == 100
     assert len(Omniglot(real_omniglot, "test")) == 423
     # Ink is the smaller part of a drawing.
-    assert 0.05 < whole.images.double().mean() / 255 < 0.2
+    assert 0.05 < whole.samples.double().mean() / 255 < 0.2
 
 
 @pytest.mark.slow
@@ -272,4 +272,4 @@ def test_reduced_official_pictures_are_those_of_the_papers(real_omniglot):
     originals = Omniglot(real_omniglot, "all", archives=("images_background_small1", "images_background_small2"))
     whole = Omniglot(real_omniglot, "all")
     for index, name in enumerate(originals.names):
-        assert torch.equal(originals.class_images(index), whole.class_images(whole.names.index(name)))
+        assert torch.equal(originals.class_samples(index), whole.class_samples(whole.names.index(name)))

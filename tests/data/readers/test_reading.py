@@ -105,7 +105,7 @@ def test_pictures_that_are_no_squares_are_counted(root):
     with pytest.warns(UserWarning, match=r"3 of 36 drawings are no squares and are squeezed into 28 x 28.*30 x 200"):
         first = read(root)
     with pytest.warns(UserWarning, match="3 of 36 drawings are no squares"):
-        assert (read(root).images == first.images).all()
+        assert (read(root).samples == first.samples).all()
 
 
 def test_missing_characters_of_the_official_archives_are_counted(root):
@@ -190,7 +190,7 @@ def test_omniglots_cache_that_lacks_an_array(root, tmp_path):
     del content["packed"]
     np.savez(path, **content)
     with pytest.warns(UserWarning, match="it has no packed"):
-        assert (read(root, cache_dir=tmp_path / "cache").images == whole.images).all()
+        assert (read(root, cache_dir=tmp_path / "cache").samples == whole.samples).all()
 
 
 def nobody(code, **variables):
@@ -240,4 +240,4 @@ def test_glyphs_cache_that_lacks_an_array(tmp_path, monkeypatch):
     (path,) = tmp_path.iterdir()
     np.savez(path, images=drawn["images"], letters=drawn["letters"])
     with pytest.warns(UserWarning, match="it has no counts"):
-        assert Glyphs(split="all", cache_dir=tmp_path).images.shape == (200, 1, 28, 28)
+        assert Glyphs(split="all", cache_dir=tmp_path).samples.shape == (200, 1, 28, 28)
