@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,27 +12,32 @@ from torch import Tensor
 from .checks import check_count
 
 _FLOATS = (torch.float32, torch.float64)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
+_SETS = (("train", "test"), ("support", "query"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class TaskBatch:
     """T tasks, each with a support set to adapt on and a query set to be judged on.
 
+    Arrays and nested lists become tensors. `len(batch)` is T, `batch[i]` and `batch[i:j]` are batches of some of the
+    tasks, and batches of the same numbers are equal. `TaskBatch.of` also takes what other libraries hand out.
+
     Args:
-        support_x: inputs, `[T, S, ...]`, float32 or float64.
-        support_y: class ids `[T, S]` (int64, `0..ways-1` within a task), probabilities `[T, S, C]`, or
+        support_x: inputs, `[T, S, ...]`, float32 or float64; or token ids, int64.
+        support_y: class ids `[T, S]` (integers `0..ways-1` within a task, kept as int64), probabilities `[T, S, C]`, or
             regression targets of the shape of the model's output.
         query_x: inputs, `[T, Q, ...]`, with the trailing shape and dtype of `support_x`.
         query_y: targets as `support_y`.
 
     Raises:
-        TypeError: something other than a tensor was given.
+        TypeError: something was given that is no tensor and makes none.
         ValueError: shapes, dtypes or devices do not fit together, a set is empty, or a tensor is not dense.
 
     >>> import torch
     >>> batch = TaskBatch(torch.zeros(4, 5, 1), torch.zeros(4, 5, 1), torch.zeros(4, 10, 1), torch.zeros(4, 10, 1))
-    >>> batch.tasks
-    4
+    >>> batch
+    TaskBatch(support_x [4, 5, 1] float32, support_y [4, 5, 1] float32, query_x [4, 10, 1] float32, query_y ...)
     """
 
     support_x: Tensor
@@ -39,7 +45,12 @@ class TaskBatch:
     query_x: Tensor
     query_y: Tensor
 
+    __hash__ = None  # type: ignore[assignment]
+
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            tensor = _as_tensor(name, value)
+            object.__setattr__(self, name, class_ids(tensor) if name.endswith("_y") else tensor)
         check_samples("support", self.support_x, self.support_y)
         check_samples("query", self.query_x, self.query_y, tasks=self.tasks)
         if self.query_x.shape[2:] != self.support_x.shape[2:]:
@@ -56,6 +67,39 @@ class TaskBatch:
                 f"query_x must be on the device of support_x (got {self.query_x.device}, {self.support_x.device})"
             )
 
+    @classmethod
+    def of(cls, tasks: Any) -> TaskBatch:
+        """A batch of what holds one.
+
+        Args:
+            tasks: a `TaskBatch`; `(support_x, support_y, query_x, query_y)`; or, as torchmeta has them, a mapping
+                `{"train": (x, y), "test": (x, y)}` (or `"support"` and `"query"`). One task may lack its axis T.
+
+        Raises:
+            TypeError, ValueError: it is something else, or as the constructor.
+
+        >>> import torch
+        >>> x, y = torch.zeros(5, 3), torch.arange(5)
+        >>> TaskBatch.of({"train": (x, y), "test": (x, y)}).tasks
+        1
+        """
+        if isinstance(tasks, TaskBatch):
+            return tasks
+        sets: Any = tasks
+        if isinstance(tasks, Mapping):
+            names = next((pair for pair in _SETS if set(pair) <= set(tasks)), None)
+            sets = () if names is None else [each for name in names for each in tasks[name]]
+        if not isinstance(sets, (tuple, list)) or len(sets) != 4:
+            raise TypeError(
+                "tasks must be a TaskBatch, (support_x, support_y, query_x, query_y) or "
+                f"{{'train': (x, y), 'test': (x, y)}} (got {type(tasks).__name__}"
+                + (f" of {len(tasks)})" if isinstance(tasks, (tuple, list)) else ")")
+            )
+        tensors = [_as_tensor(name, value) for name, value in zip(cls.__annotations__, sets, strict=True)]
+        if is_one_task(*tensors[:2]):
+            tensors = [each[None] for each in tensors]
+        return cls(*tensors)
+
     @property
     def tasks(self) -> int:
         """The number of tasks, T."""
@@ -68,6 +112,19 @@ class TaskBatch:
 
     def __len__(self) -> int:
         return self.tasks
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TaskBatch):
+            return NotImplemented
+        pairs = zip(self.tensors, other.tensors, strict=True)
+        return all(one.dtype == two.dtype and torch.equal(one, two) for one, two in pairs)
+
+    def __repr__(self) -> str:
+        shapes = (
+            f"{name} {list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+            for name, value in vars(self).items()
+        )
+        return f"TaskBatch({', '.join(shapes)})"
 
     def __getitem__(self, index: int | slice) -> TaskBatch:
         """Some of the tasks; one of them is a batch of one task.
@@ -133,10 +190,20 @@ def is_one_task(x: Tensor, y: Tensor) -> bool:
     return y.shape[:2] != x.shape[:2] or x.ndim == y.ndim == 2
 
 
-def check_batch(tasks: object) -> None:
-    """Raise TypeError unless `tasks` is a `TaskBatch`."""
-    if not isinstance(tasks, TaskBatch):
-        raise TypeError(f"tasks must be a TaskBatch (got {type(tasks).__name__})")
+def class_ids(y: Tensor) -> Tensor:
+    """Targets with integers of any kind as the int64 that class ids are; other targets as they are."""
+    return y.long() if y.dtype in _INTEGERS else y
+
+
+def _as_tensor(name: str, value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"{name} must be a tensor, or an array or lists of equal lengths that make one (got {type(value).__name__})"
+        ) from None
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -165,8 +232,11 @@ def check_samples(name: str, x: Tensor, y: Tensor, tasks: int | None = None) -> 
         raise ValueError(f"{x_name} must hold at least one task (got shape {tuple(x.shape)})")
     if x.shape[1] == 0:
         raise ValueError(f"{x_name} must hold at least one sample a task (got shape {tuple(x.shape)})")
-    if x.dtype not in _FLOATS and not (x.is_floating_point() and x.is_cuda):
-        raise ValueError(f"{x_name} must be float32 or float64 on the CPU (got {x.dtype})")
+    if x.dtype not in (*_FLOATS, torch.int64) and not (x.is_floating_point() and x.is_cuda):
+        way_out = {torch.uint8: f"; pictures: {x_name}.float() / 255"}.get(x.dtype, "")
+        raise ValueError(
+            f"{x_name} must be float32 or float64 on the CPU, or token ids in int64 (got {x.dtype}{way_out})"
+        )
     if y.shape[:2] != x.shape[:2]:
         raise ValueError(
             f"{y_name} must have the tasks and samples of {x_name} (got {tuple(y.shape[:2])}, {tuple(x.shape[:2])})"

@@ -135,6 +135,11 @@ class ClassSamples:
         """Shape of one sample, `(C, H, W)`."""
         return tuple(self.samples.shape[1:])
 
+    @property
+    def ids(self) -> bool:
+        """Whether samples are token ids rather than numbers."""
+        return self.samples.dtype == torch.int64
+
     def class_samples(self, index: int) -> Tensor:
         """All samples of one class, `[n, C, H, W]`, as stored."""
         return self.samples[self.first[index] : self.first[index] + self._sizes[index]]

@@ -57,7 +57,9 @@ class Executor(Protocol):
         ...
 
 
-def choose_executor(problem: InnerProblem, sample_shape: tuple[int, ...], backend: str = "auto") -> Executor:
+def choose_executor(
+    problem: InnerProblem, sample_shape: tuple[int, ...], backend: str = "auto", *, ids: bool = False
+) -> Executor:
     """The executor for a problem on samples of a shape, made once for each model, shape and mode.
 
     A model counts as another when a part of it is replaced. What else its `forward` reads must stay as it was.
@@ -66,7 +68,7 @@ def choose_executor(problem: InnerProblem, sample_shape: tuple[int, ...], backen
         ValueError: `backend` is none of `BACKENDS`, or the model does not accept such samples.
         NotFusedError: `backend="fused"`, and the model, loss or device cannot be fused.
     """
-    return choose(problem, sample_shape, backend)[0]
+    return choose(problem, sample_shape, backend, ids)[0]
 
 
 def fingerprint(module: nn.Module) -> tuple[list[object], list[nn.Module]]:
@@ -111,12 +113,15 @@ class _Known:
 _KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
 
-def choose(problem: InnerProblem, sample_shape: tuple[int, ...], backend: str) -> tuple[Executor, bool]:
+def choose(
+    problem: InnerProblem, sample_shape: tuple[int, ...], backend: str, ids: bool = False
+) -> tuple[Executor, bool]:
     """An executor, and whether it may drop anything."""
     check_choice("backend", backend, BACKENDS)
     mark, parts = fingerprint(problem.model)
     key = (
         backend,
+        ids,
         sample_shape,
         problem.batch_norm,
         callable(problem.loss),
@@ -132,15 +137,17 @@ def choose(problem: InnerProblem, sample_shape: tuple[int, ...], backend: str) -
             known.mark, known.parts = mark, parts
             known.executors.clear()
         if key not in known.executors:
-            known.executors[key] = _make(problem, tuple(sample_shape), backend, known.reasons)
+            known.executors[key] = _make(problem, tuple(sample_shape), backend, ids, known.reasons)
         return known.executors[key]
 
 
 def _make(
-    problem: InnerProblem, sample_shape: tuple[int, ...], backend: str, reasons: set[str]
+    problem: InnerProblem, sample_shape: tuple[int, ...], backend: str, ids: bool, reasons: set[str]
 ) -> tuple[Executor, bool]:
     if backend != "fallback":
         try:
+            if ids:
+                raise NotFusedError("the fused engine takes floating inputs (got token ids, int64)")
             return _make_fused(problem, sample_shape)
         except NotFusedError as error:
             if backend == "fused":
@@ -157,7 +164,7 @@ def _make(
                 FallbackWarning,
                 stacklevel=2,
             )
-    return FallbackExecutor(problem.model, _output_shape(problem, sample_shape)), problem.training
+    return FallbackExecutor(problem.model, _output_shape(problem, sample_shape, ids)), problem.training
 
 
 def _make_fused(problem: InnerProblem, sample_shape: tuple[int, ...]) -> tuple[Executor, bool]:
@@ -178,11 +185,12 @@ def _name(function: object) -> str:
     return getattr(function, "__qualname__", type(function).__qualname__)
 
 
-def _output_shape(problem: InnerProblem, sample_shape: tuple[int, ...]) -> tuple[int, ...]:
+def _output_shape(problem: InnerProblem, sample_shape: tuple[int, ...], ids: bool) -> tuple[int, ...]:
     """Shape of the model's output per sample, from one pass over zeros."""
     like = next(iter(problem.parameters.values()))
     try:
-        return probe_output_shape(problem.model, torch.zeros(1, *sample_shape, dtype=like.dtype, device=like.device))
+        zeros = torch.zeros(1, *sample_shape, dtype=torch.int64 if ids else like.dtype, device=like.device)
+        return probe_output_shape(problem.model, zeros)
     except Exception as error:  # the user's forward may raise anything
         got = in_one_line(error, name=True)
         raise ValueError(f"model must accept samples of shape {sample_shape} (got {got})") from error

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ..tasks import MetaOutput, check_samples, check_tensor, usable
+from ..tasks import MetaOutput, check_samples, check_tensor, class_ids, usable
 from .exclusive import ONE_AT_A_TIME
 from .executor import choose_executor
 from .losses import check_targets, judge
@@ -54,7 +54,7 @@ class FastWeights:
         if x.ndim < 2 or len(x) != len(self) or not x.shape[1]:
             raise ValueError(f"x must be [{len(self)}, samples, ...] with samples > 0 (got shape {tuple(x.shape)})")
         check_inputs(self.problem, "x", x)
-        executor = choose_executor(self.problem, x.shape[2:], self._backend)
+        executor = choose_executor(self.problem, x.shape[2:], self._backend, ids=x.dtype == torch.int64)
         return executor.predict(self.problem, usable(self.flat), usable(x))
 
     def evaluate(self, x: Tensor, y: Tensor) -> MetaOutput:
@@ -63,6 +63,8 @@ class FastWeights:
         Raises:
             ValueError: `x` and `y` do not fit each other, the tasks or the model.
         """
+        check_tensor("y", y)
+        y = class_ids(y)
         check_samples("", x, y, tasks=len(self))
         loss, smoothing = self.problem.loss, self.problem.label_smoothing
         prediction = self(x)

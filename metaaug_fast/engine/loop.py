@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from ..tasks import MetaOutput, check_samples, sent, usable
+from ..tasks import MetaOutput, check_samples, check_tensor, class_ids, sent, usable
 from .executor import Executor, choose
 from .fast_weights import FastWeights
 from .losses import Loss
@@ -55,8 +56,8 @@ def inner_loop(
     `lr`, `support_x`, a floating `support_y`, `sample_weight` and `initial`.
 
     Args:
-        support_x: `[T, S, ...]`, of the model's dtype and device.
-        support_y: class ids `[T, S]`, class probabilities `[T, S, C]`, or targets of the output's shape.
+        support_x: `[T, S, ...]`, of the model's dtype and device; or token ids, int64, for which the fallback runs.
+        support_y: class ids `[T, S]` (integers), class probabilities `[T, S, C]`, or targets of the output's shape.
         lr: a number; a tensor `()` or `[K]`; or a mapping from each adapted name to a number, a tensor of the
             parameter's shape, or either with a leading K.
         sample_weight: `[T, S]`; the loss is then `sum_i w_i loss_i / S`. None: ones.
@@ -106,7 +107,8 @@ def inner_loop(
         task_chunk=task_chunk,
         precision=precision,
     )
-    return adapt_tasks(problem, Support(support_x, support_y, sample_weight, rows, initial), backend)
+    check_tensor("support_y", support_y)
+    return adapt_tasks(problem, Support(support_x, class_ids(support_y), sample_weight, rows, initial), backend)
 
 
 def adapt_tasks(problem: InnerProblem, support: Support, backend: str = "auto") -> FastWeights:
@@ -181,5 +183,5 @@ def _prepare(problem: InnerProblem, support: Support, backend: str) -> tuple[Exe
     """The executor, and the problem with a fresh dropout seed if anything may drop."""
     check_samples("support", support.x, support.y)
     check_inputs(problem, "support_x", support.x)
-    executor, drops = choose(problem, support.x.shape[2:], backend)
+    executor, drops = choose(problem, support.x.shape[2:], backend, support.x.dtype == torch.int64)
     return executor, with_seed(problem) if drops else problem

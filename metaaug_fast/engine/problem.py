@@ -242,8 +242,12 @@ def check_query(problem: InnerProblem, support: Support, query: Query, output_sh
 
 
 def check_inputs(problem: InnerProblem, name: str, x: Tensor) -> None:
-    """Raise ValueError unless `x` has the parameters' device and dtype."""
-    _check_like(name, x, next(iter(problem.parameters.values())), "the model's parameters")
+    """Raise ValueError unless `x` has the parameters' device and, unless it holds token ids, their dtype."""
+    like, whose = next(iter(problem.parameters.values())), "the model's parameters"
+    if x.dtype == torch.int64:
+        _check_device(name, x, like, whose)
+    else:
+        _check_like(name, x, like, whose)
 
 
 def with_seed(problem: InnerProblem) -> InnerProblem:
@@ -376,8 +380,12 @@ def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must have shape {tuple(shape)} (got {tuple(value.shape)})")
 
 
-def _check_like(name: str, value: Tensor, like: Tensor, whose: str = "support_x") -> None:
+def _check_device(name: str, value: Tensor, like: Tensor, whose: str) -> None:
     if value.device != like.device:
         raise ValueError(f"{name} must be on the device of {whose} (got {value.device}, {like.device})")
+
+
+def _check_like(name: str, value: Tensor, like: Tensor, whose: str = "support_x") -> None:
+    _check_device(name, value, like, whose)
     if value.dtype != like.dtype:
         raise ValueError(f"{name} must have the dtype of {whose} (got {value.dtype}, {like.dtype})")

@@ -17,7 +17,7 @@ from ..learners.base import Learner
 from ..report.tables import plain
 from ..runs.evaluation import learner_in
 from ..runs.training import train
-from ..tasks import MetaOutput, TaskBatch, check_batch
+from ..tasks import MetaOutput, TaskBatch
 
 TOLERANCE = 1e-6
 """How far numbers in float64 that should be equal may be apart, relative: sums in another order, through some steps."""
@@ -69,7 +69,7 @@ def check_learner(learner: nn.Module, tasks: TaskBatch) -> ContractReport:
     a resumed run is the uninterrupted one                      kept
     what is wrong is refused by TypeError or ValueError         kept
     """
-    check_batch(tasks)
+    tasks = TaskBatch.of(tasks)
     own = learner_in(learner)
     if tasks.tasks < 2:
         raise ValueError(f"tasks must hold at least two tasks (got {tasks.tasks})")

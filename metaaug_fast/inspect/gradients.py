@@ -143,15 +143,17 @@ def check_gradients(
                 _distance(found[part], first and first[part], negligible),
                 _difference_error(loss, group, found[part], directions, seed),
             )
-        executor = learner.runs_on(tuple(tasks.support_x.shape[2:]))
+        executor = learner.runs_on(tuple(tasks.support_x.shape[2:]), ids=not tasks.support_x.is_floating_point())
     return GradientReport(_order(errors), learner.first_order, executor, errors)
 
 
 def _leaves(tasks: TaskBatch) -> TaskBatch:
     """A float64 copy whose support inputs, and soft labels, can be differentiated."""
     tasks = tasks.to(torch.float64)
-    x, y = tasks.support_x.detach().clone().requires_grad_(), tasks.support_y.detach().clone()
-    return TaskBatch(x, y.requires_grad_(y.is_floating_point()), tasks.query_x.detach(), tasks.query_y.detach())
+    x, y = (each.detach().clone() for each in tasks.tensors[:2])
+    for each in (x, y):
+        each.requires_grad_(each.is_floating_point())
+    return TaskBatch(x, y, tasks.query_x.detach(), tasks.query_y.detach())
 
 
 def _groups(learner: nn.Module, tasks: TaskBatch) -> dict[str, list[Tensor]]:
@@ -160,7 +162,7 @@ def _groups(learner: nn.Module, tasks: TaskBatch) -> dict[str, list[Tensor]]:
     groups: dict[str, list[Tensor]] = {
         "parameters": [value for name, value in named.items() if not name.startswith("inner_lr")],
         "inner_lr": [value for name, value in named.items() if name.startswith("inner_lr")],
-        "support_x": [tasks.support_x],
+        "support_x": [tasks.support_x] if tasks.support_x.requires_grad else [],
         "support_y": [tasks.support_y] if tasks.support_y.requires_grad else [],
     }
     return {name: group for name, group in groups.items() if group}

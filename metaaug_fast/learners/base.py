@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ..checks import check_count, check_number
 from ..engine.losses import Loss, check_targets, judge
-from ..tasks import MetaOutput, TaskBatch, check_batch, check_samples, check_tensor, is_one_task, usable
+from ..tasks import MetaOutput, TaskBatch, check_samples, check_tensor, class_ids, is_one_task, usable
 
 
 class Adapted(Protocol):
@@ -79,7 +79,7 @@ class Learner(nn.Module):
         Raises:
             TypeError, ValueError: the tasks do not fit, or `steps` is given where there is no inner loop.
         """
-        check_batch(tasks)
+        tasks = TaskBatch.of(tasks)
         options = {} if check_steps(self, steps) is None else {"steps": steps}
         return self.adapt(tasks.support_x, tasks.support_y, **options).evaluate(tasks.query_x, tasks.query_y)
 
@@ -111,8 +111,8 @@ class Learner(nn.Module):
         """What `forward` computes, as plain autograd; None where `forward` is that itself. For `check_gradients`."""
         return None
 
-    def runs_on(self, sample_shape: tuple[int, ...]) -> str:
-        """What computes it, in a word."""
+    def runs_on(self, sample_shape: tuple[int, ...], ids: bool = False) -> str:
+        """What computes it on samples of a shape, of numbers or of token ids, in a word."""
         return "torch"
 
 
@@ -162,6 +162,7 @@ class Predictor:
 
     def evaluate(self, x: Tensor, y: Tensor) -> MetaOutput:
         """Losses and accuracies of the predictions for `x`; TypeError or ValueError where `x` and `y` do not fit."""
+        y = class_ids(y)
         check_samples("query", x, y, tasks=len(self))
         prediction = self(x)
         check_targets("query_y", self.loss, y, tuple(prediction.shape[2:]))
@@ -210,6 +211,7 @@ def one_task_too(adapt: _Adapt) -> _Adapt:
     def wrapper(self: Learner, support_x: Tensor, support_y: Tensor, *args: Any, **options: Any) -> Any:
         check_tensor("support_x", support_x)
         check_tensor("support_y", support_y)
+        support_y = class_ids(support_y)
         single = is_one_task(support_x, support_y)
         if single:
             support_x, support_y = support_x[None], support_y[None]

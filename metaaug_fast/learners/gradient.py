@@ -14,7 +14,7 @@ from ..engine.executor import choose_executor, fingerprint
 from ..engine.fast_weights import FastWeights
 from ..engine.loop import adapt_tasks, judge_steps
 from ..engine.problem import NORMS, InnerProblem, Query, Support, with_seed, with_steps
-from ..tasks import MetaOutput, TaskBatch, check_batch
+from ..tasks import MetaOutput, TaskBatch
 from .base import Learner, check_steps, one_task_too
 
 
@@ -90,7 +90,7 @@ class GradientLearner(Learner):
         Raises:
             TypeError, ValueError: the tasks do not fit the model, or `steps` is no count.
         """
-        check_batch(tasks)
+        tasks = TaskBatch.of(tasks)
         problem = self.problem(check_steps(self, steps))
         support = Support(tasks.support_x, tasks.support_y, rows=self._support_rows(tasks, problem.steps))
         return judge_steps(problem, support, Query(tasks.query_x, tasks.query_y), self.backend)
@@ -107,9 +107,9 @@ class GradientLearner(Learner):
         query = Query(tasks.query_x, tasks.query_y, step_weights)
         return reference.meta_loss(problem, Support(tasks.support_x, tasks.support_y), query)
 
-    def runs_on(self, sample_shape: tuple[int, ...]) -> str:
+    def runs_on(self, sample_shape: tuple[int, ...], ids: bool = False) -> str:
         """The executor of samples of a shape: "fused" or "fallback"."""
-        return choose_executor(self.problem(), sample_shape, self.backend).name
+        return choose_executor(self.problem(), sample_shape, self.backend, ids=ids).name
 
 
 def _contents(value: Any) -> Any:

@@ -12,7 +12,7 @@ from ..checks import check_count, check_flag
 from ..engine.loop import meta_loss
 from ..engine.losses import Loss
 from ..engine.problem import NORMS, InnerProblem, LearningRate, Query, Support, inner_problem, parameters_of, patterns
-from ..tasks import MetaOutput, TaskBatch, check_batch
+from ..tasks import MetaOutput, TaskBatch
 from .gradient import GradientLearner
 
 
@@ -101,7 +101,7 @@ class MAML(GradientLearner):
         Raises:
             ValueError: the tasks do not fit the model. NonFiniteError: NaN or infinity arose; names task and step.
         """
-        check_batch(tasks)
+        tasks = TaskBatch.of(tasks)
         support = Support(tasks.support_x, tasks.support_y)
         query = Query(tasks.query_x, tasks.query_y, step_weights)
         return meta_loss(self.problem(steps), support, query, self.backend)

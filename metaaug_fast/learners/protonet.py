@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.losses import check_targets, judge
-from ..tasks import MetaOutput, TaskBatch, check_batch
+from ..tasks import MetaOutput, TaskBatch
 from .base import Learner, Predictor, check_steps, class_means, one_task_too
 
 
@@ -50,7 +50,7 @@ class ProtoNet(Learner):
         Raises:
             TypeError, ValueError: the tasks do not fit the model, or `steps` is given.
         """
-        check_batch(tasks)
+        tasks = TaskBatch.of(tasks)
         check_steps(self, steps)
         features = self._embed(torch.cat([tasks.support_x, tasks.query_x], 1))
         support, query = features.split([tasks.support_x.shape[1], tasks.query_x.shape[1]], 1)

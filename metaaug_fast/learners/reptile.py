@@ -15,7 +15,7 @@ from ..engine.loop import adapt_tasks_mean
 from ..engine.losses import Loss
 from ..engine.problem import InnerProblem, LearningRate, Query, Support, inner_problem, patterns
 from ..engine.reference import unpack
-from ..tasks import MetaOutput, TaskBatch, check_batch, check_samples
+from ..tasks import MetaOutput, TaskBatch, check_samples
 from .base import one_task_too
 from .gradient import GradientLearner
 
@@ -135,7 +135,7 @@ class Reptile(GradientLearner):
         return out
 
     def _step(self, tasks: TaskBatch, measure: bool, move: Move) -> MetaOutput | None:
-        check_batch(tasks)
+        tasks = TaskBatch.of(tasks)
         check_number("meta_lr", self.meta_lr)
         moves = [self._move(each, measure, move) for each in ([tasks] if self.batched else tasks.split(1))]
         outputs = [output for output in moves if output is not None]

@@ -93,7 +93,7 @@ def run(
         settings = config.training
         if before is not None:  # of a run that has gone further than asked, the truth
             config = replace(config, training=replace(settings, steps=max(settings.steps, before.step)))
-        runs_on = learner.runs_on(source.sample_shape)
+        runs_on = learner.runs_on(source.sample_shape, ids=getattr(source, "ids", False))
         say(f"{config.in_words(target_shape_of(source) is not None)}; {runs_on}, {where(device)}")
         tenth = math.ceil(settings.steps / 10)
         history = train(

@@ -380,8 +380,10 @@ BAD = {
     "support_y must have the tasks and samples of support_x (got (3, 5), (3, 6))": {"support_y": Y[:, :5]},
     "support_y must hold class ids 0..2 (got 3)": {"support_y": Y + C},
     "support_y must hold class ids 0..2 (got -1)": {"support_y": Y - 1},
-    "support_y as class ids must be int64 (got torch.int32)": {"support_y": Y.int()},
-    "support_x must be float32 or float64 on the CPU (got torch.float16)": {"support_x": X.half()},
+    "support_x must be float32 or float64 on the CPU, or token ids in int64 (got torch.float16)": {
+        "support_x": X.half()
+    },
+    "(got torch.uint8; pictures: support_x.float() / 255)": {"support_x": X.to(torch.uint8)},
     "support_x must have the dtype of the model's parameters": {"support_x": X.double()},
     "support_y must be on the device of support_x (got meta, cpu)": {"support_y": Y.to("meta")},
     "support_x must be on the device of the model's parameters": {"model": perceptron().float().to("meta")},

@@ -103,7 +103,7 @@ def test_other_kinds_are_refused_by_name(argument, kind, backend):
     given[argument] = change(given[argument])
     with pytest.raises(error, match=rf"^{argument} must be ({what})"):
         mf.inner_loop(model, steps=K, backend=backend, **given)
-    if argument in ("support_x", "support_y"):
+    if argument in ("support_x", "support_y") and kind != "list":  # which a batch makes tensors of
         x, y = given["support_x"], given["support_y"]
         with pytest.raises(error, match=f"^{argument} must be ({what})"):
             mf.TaskBatch(x, y, randn(T, Q, F), torch.randint(C, (T, Q)))
@@ -120,16 +120,18 @@ def test_what_holds_no_values_is_refused():
         mf.inner_loop(model, torch.zeros(T, S, F), y)
 
 
-NOT_TENSORS = [None, 1.0, [[[0.0]]], "x"]
-
-
-@pytest.mark.parametrize("bad", NOT_TENSORS)
+@pytest.mark.parametrize(
+    "bad", [None, "x", [[[0.0, 1.0], [0.0]]], {"x": 1}, object()], ids=["nothing", "text", "ragged", "dict", "object"]
+)
 @pytest.mark.parametrize("place", range(4))
 def test_a_task_batch_of_other_things(place, bad):
     parts = [randn(T, S, F), torch.randint(C, (T, S)), randn(T, Q, F), torch.randint(C, (T, Q))]
     name = ("support_x", "support_y", "query_x", "query_y")[place]
     parts[place] = bad
-    with pytest.raises(TypeError, match=rf"^{name} must be a tensor \(got {type(bad).__name__}\)"):
+    message = (
+        rf"^{name} must be a tensor, or an array or lists of equal lengths that make one \(got {type(bad).__name__}\)"
+    )
+    with pytest.raises(TypeError, match=message):
         mf.TaskBatch(*parts)
 
 
@@ -226,7 +228,8 @@ X, Y = torch.zeros(T, S, F).double(), torch.zeros(T, S, dtype=torch.int64)
         ),
         (lambda: mf.MAML(None, batch_norm="per_step"), TypeError, r"model must be an nn.Module \(got NoneType\)"),
         (lambda: mf.MAML(network(), learn_inner_lr=1), TypeError, r"learn_inner_lr must be True or False \(got 1\)"),
-        (lambda: mf.MAML(network())((X, Y, X, Y)), TypeError, r"tasks must be a TaskBatch \(got tuple\)"),
+        (lambda: mf.MAML(network())((X, Y, X)), TypeError, r"tasks must be a TaskBatch, .* \(got tuple of 3\)"),
+        (lambda: mf.MAML(network())({"train": (X, Y)}), TypeError, r"tasks must be a TaskBatch, .* \(got dict\)"),
         (lambda: mf.Reptile(network(), inner_steps=-1), ValueError, r"inner_steps must be >= 0 \(got -1\)"),
         (lambda: mf.Reptile(network(), inner_lr=-0.1), ValueError, r"inner_lr must be >= 0 and finite \(got -0.1\)"),
         (lambda: mf.Reptile(network(), inner_optimizer="lion"), ValueError, "inner_optimizer must be one of sgd, adam"),
@@ -237,7 +240,7 @@ X, Y = torch.zeros(T, S, F).double(), torch.zeros(T, S, dtype=torch.int64)
             TypeError,
             r"meta_lr must be a number \(got True\)",
         ),
-        (lambda: mf.Reptile(network()).step((X, Y, X, Y)), TypeError, r"tasks must be a TaskBatch \(got tuple\)"),
+        (lambda: mf.Reptile(network()).step(X), TypeError, r"tasks must be a TaskBatch, .* \(got Tensor\)"),
     ],
 )
 def test_errors_name_the_callers_argument(call, error, message):
