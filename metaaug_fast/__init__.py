@@ -6,6 +6,8 @@
 >>> maml(tasks).loss.backward()
 """
 
+from importlib.metadata import version
+
 from . import data, learners, models, runs
 from .engine import reference
 from .engine.fast_weights import FastWeights
@@ -20,6 +22,8 @@ from .runs.history import History
 from .runs.load import load
 from .runs.training import train
 from .tasks import MetaOutput, TaskBatch
+
+__version__ = version("metaaug_fast")
 
 __all__ = [
     "MAML",

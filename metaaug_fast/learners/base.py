@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -110,6 +111,15 @@ class Learner(nn.Module):
     ) -> MetaOutput | None:
         """What `forward` computes, as plain autograd; None where `forward` is that itself. For `check_gradients`."""
         return None
+
+    def extra_repr(self) -> str:
+        """The constructor's arguments that are plain and not the defaults."""
+        shown = []
+        for name, parameter in inspect.signature(type(self)).parameters.items():
+            value = getattr(self, name, parameter.default)
+            if type(value) in (bool, int, float, str, tuple) and value != parameter.default:
+                shown.append(f"{name}={value!r}")
+        return ", ".join(shown)
 
     def runs_on(self, sample_shape: tuple[int, ...], ids: bool = False) -> str:
         """What computes it on samples of a shape, of numbers or of token ids, in a word."""

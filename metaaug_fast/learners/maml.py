@@ -91,18 +91,26 @@ class MAML(GradientLearner):
         for key in self.per_step:
             model.get_parameter(_name(key)).requires_grad_(False)
 
-    def forward(self, tasks: TaskBatch, *, steps: int | None = None, step_weights: Tensor | None = None) -> MetaOutput:
+    def forward(
+        self,
+        tasks: TaskBatch,
+        *,
+        steps: int | None = None,
+        step_weights: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+    ) -> MetaOutput:
         """Adapt to every task's support set and judge the result on its query set.
 
         Args:
             steps: another K than `inner_steps`, for evaluation.
             step_weights: `[K]`, weights of the query losses after each step (MAML++); None: the last step's loss.
+            sample_weight: `[T, S]`, of the support samples; see `inner_loop`.
 
         Raises:
             ValueError: the tasks do not fit the model. NonFiniteError: NaN or infinity arose; names task and step.
         """
         tasks = TaskBatch.of(tasks)
-        support = Support(tasks.support_x, tasks.support_y)
+        support = Support(tasks.support_x, tasks.support_y, sample_weight)
         query = Query(tasks.query_x, tasks.query_y, step_weights)
         return meta_loss(self.problem(steps), support, query, self.backend)
 

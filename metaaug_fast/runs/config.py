@@ -70,6 +70,7 @@ class Training:
     validate_every: int | None = _option(None, "meta-steps; a tenth of all without it")
     validation_episodes: int = _option(200, "to validate on")
     patience: int | None = _option(None, "validations without a better one, after which training stops")
+    minutes: float | None = _option(None, "of meta-steps, after which training stops")
     keep_best: bool = _option(False, "keep the best state by validation, and test that")
     checkpoint_every: int | None = _option(None, "meta-steps")
     seed: int = _option(0, "of weights and training episodes; validation and test episodes are always the same")
@@ -79,8 +80,9 @@ class Training:
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), low=1)
         check_count("validation_episodes", self.validation_episodes, low=2)
-        if self.clip_norm is not None:
-            check_number("clip_norm", self.clip_norm)
+        for name in ("clip_norm", "minutes"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name))
         if self.meta_lr is not None and not 0 < self.meta_lr <= torch.finfo(torch.float32).max:
             raise ValueError(f"meta_lr must be > 0 and finite in float32 (got {self.meta_lr})")
         check_choice("schedule", self.schedule, SCHEDULES)

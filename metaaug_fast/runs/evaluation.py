@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any, Protocol
@@ -69,8 +70,8 @@ class Evaluation:
 
 def evaluate(
     learner: nn.Module,
-    episodes: Repeatable,
-    count: int = 600,
+    episodes: Repeatable | Iterable[Any],
+    count: int | None = None,
     *,
     steps: int | None = None,
     by_step: bool = False,
@@ -82,14 +83,16 @@ def evaluate(
 
     Args:
         learner: a `Learner`, or one inside of `DistributedDataParallel`.
-        episodes: of unseen classes; their `tasks` is how many are adapted at once.
-        count: how many episodes, at least 2; the field reports 600 or more.
+        episodes: of unseen classes; their `tasks` is how many are adapted at once. Or any iterable of batches, in a
+            form that `TaskBatch.of` takes, such as a list or a loader.
+        count: how many episodes, at least 2; the field reports 600 or more. None: 600, but of a list all.
         steps: inner steps, the learner's own by default.
         by_step: also the metric after every smaller number of steps, from the same pass.
 
     Raises:
         TypeError: `learner` is none.
-        ValueError: fewer than two episodes, a negative number of steps, or steps without an inner loop.
+        ValueError: fewer than two episodes, or than `count`, a negative number of steps, or steps without an inner
+            loop.
 
     >>> import metaaug_fast as mf
     >>> learner = mf.MAML(mf.models.mlp([1, 8, 1]), inner_lr=0.01, loss="mse")
@@ -97,6 +100,8 @@ def evaluate(
     25
     """
     learner = learner_in(learner)
+    if count is None:
+        count = sum(len(TaskBatch.of(each)) for each in episodes) if isinstance(episodes, (list, tuple)) else 600
     check_integer("count", count)
     if count < 2:
         raise ValueError(f"count must be >= 2 episodes, an interval needs a spread (got {count})")
@@ -152,11 +157,17 @@ def _name(loss: Any) -> str:
     return loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
 
 
-def _first(episodes: Repeatable, count: int) -> Iterator[TaskBatch]:
+def _first(episodes: Repeatable | Iterable[Any], count: int) -> Iterator[TaskBatch]:
     """The first `count` tasks of the sequence, in batches."""
-    for index in range(math.ceil(count / episodes.tasks)):
-        batch, left = episodes.batch(index), count - index * episodes.tasks
+    batches = map(episodes.batch, itertools.count()) if hasattr(episodes, "batch") else iter(episodes)
+    left = count
+    while left > 0:
+        given = next(batches, None)
+        if given is None:
+            raise ValueError(f"episodes must hold as many tasks as count, {count} (got {count - left})")
+        batch = TaskBatch.of(given)
         yield batch[:left] if left < batch.tasks else batch
+        left -= batch.tasks
 
 
 def _student(freedom: int) -> float:

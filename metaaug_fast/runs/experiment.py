@@ -27,7 +27,7 @@ from .build import (
 )
 from .config import SECTIONS, Config
 from .evaluation import Evaluation, evaluate
-from .history import EARLY, History, ValidationPoint
+from .history import EARLY, TIME, History, ValidationPoint
 from .load import interrupted
 from .registry import find_data
 from .training import train
@@ -108,6 +108,7 @@ def run(
             ),
             validate_every=settings.validate_every or tenth,
             patience=settings.patience,
+            minutes=settings.minutes,
             keep_best=settings.keep_best,
             checkpoint=out,
             checkpoint_every=settings.checkpoint_every or min(500, tenth),
@@ -116,8 +117,10 @@ def run(
             progress=progress,
         )
         say(f"checkpoint: {out}")
-        if history.stopped_by not in (None, EARLY):
+        if history.stopped_by not in (None, EARLY, TIME):
             return Outcome(config, learner, history, None)
+        if history.stopped_by == TIME:
+            say(f"stopped after {settings.minutes:g} minutes: {history.training[-1].step} meta-steps")
         if history.stopped_by == EARLY:
             say(f"stopped early: {settings.patience} validations without a better one")
         if settings.keep_best and history.best is not None:
@@ -130,7 +133,7 @@ def run(
 
 MAY_CHANGE = {
     "data.root", "data.cache_dir", "training.steps", "training.validate_every", "training.validation_episodes",
-    "training.patience", "training.keep_best", "training.checkpoint_every", "evaluation.episodes",
+    "training.patience", "training.minutes", "training.keep_best", "training.checkpoint_every", "evaluation.episodes",
 }  # fmt: skip
 """What a run may have in another way when it goes on: nothing that its meta-steps depend on but how many there are."""
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-EARLY = "early stopping"
+EARLY, TIME = "early stopping", "minutes"
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class History:
     """What a run did.
 
     training, validation: the curves. seconds: time in meta-steps, validation and checkpoints left out, summed over
-    resumed runs. stopped_by: the signal that ended it early, "early stopping", or None.
+    resumed runs. stopped_by: the signal that ended it early, "early stopping", "minutes", or None.
     """
 
     training: list[Point] = field(default_factory=list)

@@ -26,7 +26,7 @@ from ..errors import NonFiniteError
 from ..learners.base import Learner, gradient_step
 from ..tasks import MetaOutput, TaskBatch
 from .evaluation import Evaluation, device_of, learner_in
-from .history import EARLY, History, Point, ValidationPoint
+from .history import EARLY, TIME, History, Point, ValidationPoint
 from .resume import Resumable, Run
 
 POINTS = 200
@@ -47,6 +47,7 @@ def train(
     validate: Callable[[], Evaluation] | None = None,
     validate_every: int = 500,
     patience: int | None = None,
+    minutes: float | None = None,
     keep_best: bool = False,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 500,
@@ -69,6 +70,7 @@ def train(
         before_step: called with the number of meta-steps done, for example to change a setting of the learner.
         validate: called every `validate_every` steps and at the end, for example a call of `evaluate`; no gradient.
         patience: stop after so many validations without a better one.
+        minutes: stop after so many of meta-steps, those before a resumption included.
         keep_best: write the state after the best validation beside `checkpoint`, as `NAME.best.SUFFIX`.
         checkpoint: a file to write every `checkpoint_every` steps, at the end and at a stop. It holds the learner, the
             optimizers, the schedulers, the place in the episodes, torch's CPU generator, the history and `config`. The
@@ -98,8 +100,9 @@ def train(
         check_count(name, count, low=1)
     if patience is not None:
         check_count("patience", patience, low=1)
-    if clip_norm is not None:
-        check_number("clip_norm", clip_norm)
+    for name, number in (("clip_norm", clip_norm), ("minutes", minutes)):
+        if number is not None:
+            check_number(name, number)
     check_flag("keep_best", keep_best)
     if validate is None and (patience is not None or keep_best):
         raise ValueError(f"{'keep_best' if keep_best else 'patience'} needs validate (got None)")
@@ -135,8 +138,9 @@ def train(
             stack.enter_context(_clipped(optimizers, clip_norm))
             update = inside.meta_step if learner is inside else functools.partial(gradient_step, learner)
             _Loop(
-                run, steps, update, before_step, validate, validate_every, patience, checkpoint, best, checkpoint_every
-            ).go(progress)
+                run, steps, update, before_step, validate, validate_every, patience, minutes, checkpoint, best,
+                checkpoint_every,
+            ).go(progress)  # fmt: skip
         else:
             warnings.warn(
                 f"{source} has {run.step} meta-steps already, so none is added (steps is {steps})", stacklevel=2
@@ -157,6 +161,7 @@ class _Loop:
     validate: Callable[[], Evaluation] | None
     validate_every: int
     patience: int | None
+    minutes: float | None
     checkpoint: str | Path | None
     best: str | Path | None
     checkpoint_every: int
@@ -176,7 +181,7 @@ class _Loop:
                 started = time.perf_counter()
                 if self.before_step is not None:
                     self.before_step(run.step)
-                tasks = next(run.episodes).to(device)
+                tasks = TaskBatch.of(next(run.episodes)).to(device)
                 out = self.update(tasks, run.optimizers)
                 for scheduler in run.schedulers:
                     scheduler.step()
@@ -187,6 +192,8 @@ class _Loop:
                 history.seconds += seconds
                 bar.update()
                 improved = self._validated()
+                if self.minutes is not None and history.seconds >= 60 * self.minutes:
+                    history.stopped_by = TIME
                 # Read once: a signal that comes later stops the next step.
                 if received:
                     history.stopped_by = received[0].name

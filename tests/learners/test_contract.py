@@ -249,3 +249,9 @@ def test_every_step_is_judged_in_one_pass(name, options, backend):
     learner = LEARNERS[name](perceptron(1, (1,), (8,)), inner_steps=2, backend=backend, loss="mse")
     curve = mf.evaluate(learner, episodes, 8, by_step=True).by_step
     assert curve == pytest.approx([mf.evaluate(learner, episodes, 8, steps=k).mean for k in range(3)], rel=1e-5)
+
+
+def test_learners_show_what_is_not_their_default():
+    shown = repr(mf.MAML(perceptron(3, (4,)), inner_lr=0.1, inner_steps=3, first_order=True))
+    assert shown.splitlines()[1].strip() == "inner_lr=0.1, inner_steps=3, first_order=True"
+    assert "inner_batch=2" in repr(mf.Reptile(perceptron(3, (4,)), inner_batch=2))

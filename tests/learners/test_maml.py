@@ -362,3 +362,13 @@ def test_a_nan_is_reported_with_task_and_step(backend: str) -> None:
     batch.support_x[2, 0, 0] = float("inf")
     with pytest.raises(NonFiniteError, match="task 2, step 0"):
         MAML(model(), 0.3, backend=backend)(batch)
+
+
+@pytest.mark.parametrize("backend", ["fused", "fallback"])
+def test_support_samples_can_be_weighed(backend: str) -> None:
+    maml, batch = MAML(model(), 0.3, 2, backend=backend), tasks()
+    weight = torch.rand(batch.support_x.shape[:2], dtype=batch.support_x.dtype, requires_grad=True)
+    out = maml(batch, sample_weight=weight)
+    support = Support(batch.support_x, batch.support_y, weight)
+    expected = reference.meta_loss(maml.problem(), support, Query(batch.query_x, batch.query_y))
+    assert_gradients(out, expected, [weight, *maml.parameters()])

@@ -116,3 +116,17 @@ def test_bad_counts():
         evaluate(learner, episodes, 1)
     with pytest.raises(ValueError, match=r"steps must be >= 0 \(got -1\)"):
         evaluate(learner, episodes, 4, steps=-1)
+
+
+def test_any_iterable_of_batches_is_judged():
+    learner = MAML(mlp([6, 16, 5]), inner_lr=0.5)
+    episodes = Episodes(blobs(), shots=2, queries=3, tasks=4)
+    batches = [episodes.batch(index) for index in range(3)]
+    expected = evaluate(learner, episodes, 12)
+    assert evaluate(learner, batches) == expected
+    assert evaluate(learner, [batch.tensors for batch in batches]) == expected
+    assert evaluate(learner, iter(batches), 12) == expected
+    assert evaluate(learner, (episodes.batch(index) for index in range(9)), 10) == evaluate(learner, episodes, 10)
+    assert evaluate(learner, [one for batch in batches for one in batch.split(1)]).mean == pytest.approx(expected.mean)
+    with pytest.raises(ValueError, match=r"episodes must hold as many tasks as count, 13 \(got 12\)"):
+        evaluate(learner, batches, 13)

@@ -429,3 +429,27 @@ def test_two_processes_train_one_learner(tmp_path):
         assert refused == "learner must not be wrapped: Reptile updates itself (got DistributedDataParallel)"
     loaded = load(tmp_path / "run.safetensors", together.learner(seed=5))
     assert evaluate(loaded, together.episodes(), 12).mean == pytest.approx(judged, rel=1e-4)
+
+
+def test_minutes_end_a_run(tmp_path):
+    learner, episodes, more = parts()
+    history = train(learner, episodes, 10**6, minutes=0.002, checkpoint=tmp_path / "c", progress=False, **more)
+    assert history.stopped_by == "minutes"
+    assert 0.12 <= history.seconds < 5
+    assert checkpoint.load(tmp_path / "c")["step"] == history.training[-1].step < 10**6
+    with pytest.raises(ValueError, match=r"minutes must be >= 0 \(got -1\)"):
+        train(learner, episodes, 3, minutes=-1, progress=False, **more)
+
+
+def test_batches_of_other_forms_are_trained_on():
+    whole, episodes, more = parts(1)
+    train(whole, episodes, 4, progress=False, **more)
+    learner, episodes, more = parts(1)
+
+    class Tuples(type(episodes)):
+        def __next__(self):
+            return super().__next__().tensors
+
+    episodes.__class__ = Tuples
+    train(learner, episodes, 4, progress=False, **more)
+    assert_same(whole, learner)
