@@ -1,7 +1,7 @@
 """Data as episodes: labelled images, function families, and the sampler that turns them into task batches."""
 
 from .draws import Draws
-from .episodes import Episodes
+from .episodes import Episodes, Loader
 from .readers import Glyphs, Omniglot, Sinusoids, download_omniglot
 from .samples import ClassSamples
 from .source import EpisodeSpec, TaskSource
@@ -16,6 +16,7 @@ __all__ = [
     "EpisodeSpec",
     "Episodes",
     "Glyphs",
+    "Loader",
     "Omniglot",
     "Sinusoids",
     "TaskSource",

@@ -38,14 +38,16 @@ class Draws:
         seed: any integer (modulo 2**64).
         batch: index of the batch, from 0.
         tasks: T, the number of streams.
+        first: the task whose stream comes first.
 
     >>> int(Draws(seed=0, batch=3, tasks=2).distinct(10, 4)[1, 0]) in range(10)
     True
     """
 
-    def __init__(self, seed: int, batch: int, tasks: int) -> None:
+    def __init__(self, seed: int, batch: int, tasks: int, first: int = 0) -> None:
         self.tasks = tasks
-        self.key: int = _mix(_mix(seed & _MASK) + (batch + 1) * _GOLDEN & _MASK)  # of the batch
+        # Of the batch; to count tasks from another one is to begin at another multiple of G.
+        self.key: int = _mix(_mix(seed & _MASK) + (batch + 1) * _GOLDEN & _MASK) + first * _GOLDEN & _MASK
         self._keys = _mix(_multiples(1, tasks) + self.key)[:, None]
         self._used = 0
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..checks import check_integer
 from ..tasks import TaskBatch
@@ -14,8 +17,11 @@ from .samples import ClassSamples
 from .source import EpisodeSpec, TaskSource
 
 
-class Episodes:
+class Episodes(IterableDataset):
     """Batches of few-shot tasks without end: `batch(i)` depends on `seed` and `i` alone.
+
+    `DataLoader(episodes, batch_size=None, num_workers=2)` draws them in other processes, in the same order; `Loader`
+    does so and can be resumed. `shard` divides every batch over processes that train together.
 
     Args:
         dataset: a `TaskSource` (`Glyphs`, `Omniglot`, `Sinusoids`, any `ClassSamples`), or a torch data set with
@@ -58,6 +64,14 @@ class Episodes:
         self.tasks = tasks
         self.seed = seed
         self.position = 0
+        self.first = 0  # of the tasks of a batch, those before it being other shards'
+        self._sample = self.dataset.sampler(self.spec)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_sample"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
         self._sample = self.dataset.sampler(self.spec)
 
     @property
@@ -68,10 +82,36 @@ class Episodes:
     def batch(self, index: int) -> TaskBatch:
         """The batch of that index, >= 0, wherever the iteration stands."""
         check_integer("index", index, low=0)
-        return self._sample(Draws(self.seed, index, self.tasks))
+        return self._sample(Draws(self.seed, index, self.tasks, self.first))
+
+    def shard(self, rank: int, shards: int) -> Episodes:
+        """The share of process `rank` of `shards`, which together draw just these batches.
+
+        Raises:
+            TypeError, ValueError: `shards` does not divide `tasks`, or `rank` is none of them.
+
+        >>> from metaaug_fast.data import Episodes, Sinusoids
+        >>> episodes = Episodes(Sinusoids(), tasks=6)
+        >>> episodes.shard(1, 2).batch(4) == episodes.batch(4)[3:]
+        True
+        """
+        check_integer("shards", shards, low=1)
+        check_integer("rank", rank, low=0)
+        if rank >= shards:
+            raise ValueError(f"rank must be below shards, {shards} (got {rank})")
+        if self.tasks % shards:
+            raise ValueError(f"shards must divide tasks, {self.tasks} (got {shards})")
+        share = copy.copy(self)
+        share.tasks = self.tasks // shards
+        share.first = self.first + rank * share.tasks
+        return share
 
     def __iter__(self) -> Iterator[TaskBatch]:
-        return self
+        worker = get_worker_info()
+        if worker is None:
+            return self
+        # Batches are taken from the workers in turns.
+        return map(self.batch, itertools.count(self.position + worker.id, worker.num_workers))
 
     def __next__(self) -> TaskBatch:
         batch = self.batch(self.position)
@@ -87,3 +127,51 @@ class Episodes:
         check_integer("position", state["position"], low=0)
         check_integer("seed", state["seed"])
         self.seed, self.position = state["seed"], state["position"]
+
+
+class Loader:
+    """The batches of `episodes`, drawn ahead by processes of their own; the same ones, and resumable like them.
+
+    Args:
+        episodes: where to begin, and what to draw; its own position stays.
+        workers: how many processes. They are started by the first batch and end with `close`.
+
+    Raises:
+        TypeError, ValueError: `workers` is no count.
+
+    >>> from metaaug_fast.data import Episodes, Loader, Sinusoids
+    >>> Loader(Episodes(Sinusoids(), tasks=4), workers=1).state_dict()
+    {'seed': 0, 'position': 0}
+    """
+
+    def __init__(self, episodes: Episodes, workers: int = 1) -> None:
+        check_integer("workers", workers, low=1)
+        self.episodes = copy.copy(episodes)
+        self.workers = workers
+        self._batches: Iterator[TaskBatch] | None = None
+
+    def __iter__(self) -> Iterator[TaskBatch]:
+        return self
+
+    def __next__(self) -> TaskBatch:
+        if self._batches is None:
+            loader = DataLoader(
+                self.episodes, batch_size=None, num_workers=self.workers, multiprocessing_context="spawn"
+            )
+            self._batches = iter(loader)
+        batch = next(self._batches)
+        self.episodes.position += 1
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the iteration stands, as of `Episodes`."""
+        return self.episodes.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from a `state_dict()`; the processes are started anew."""
+        self.episodes.load_state_dict(state)
+        self.close()
+
+    def close(self) -> None:
+        """End the processes."""
+        self._batches = None

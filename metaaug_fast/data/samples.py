@@ -207,7 +207,7 @@ class ClassSamples:
             raise ValueError(f"ways must be at most the data set's {len(self)} classes (got {spec.ways})")
         self._check_sizes(spec)
         divisions = self._divisions(spec) if spec.split_styles else None
-        if divisions is None and self.samples.is_cuda and _C.cuda:
+        if divisions is None and self.samples.is_cuda and _C.cuda and not self.ids:
             return self._device_sampler(spec)
         labels = torch.arange(spec.ways, device=self.samples.device)
         support_y, query_y = labels.repeat_interleave(spec.shots), labels.repeat_interleave(spec.queries)

@@ -1,10 +1,13 @@
+import copy
 import itertools
+import pickle
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from metaaug_fast.data import ClassSamples, Episodes, Sinusoids
+from metaaug_fast.data import ClassSamples, Episodes, Loader, Sinusoids
 from metaaug_fast.tasks import TaskBatch
 
 
@@ -177,3 +180,54 @@ def test_bad_positions(rng):
         episodes.load_state_dict({"seed": 0, "position": -2})
     with pytest.raises(TypeError, match="dataset must have sampler"):
         Episodes(object())
+
+
+def test_pickled_episodes_go_on():
+    episodes = Episodes(Sinusoids(), shots=3, queries=2, tasks=4, seed=5)
+    next(episodes)
+    other = pickle.loads(pickle.dumps(episodes))
+    assert other.state_dict() == episodes.state_dict()
+    assert next(other) == next(episodes)
+    assert copy.deepcopy(episodes).batch(7) == episodes.batch(7)
+
+
+@pytest.mark.slow
+def test_workers_draw_the_same_sequence():
+    """Spawned ones, two of them, from the middle of the sequence, and resumed."""
+    labels = torch.arange(60) % 12
+    episodes = Episodes(ClassSamples.from_arrays(torch.rand(60, 2), labels), tasks=3, queries=2, seed=1)
+    episodes.load_state_dict({"seed": 1, "position": 2})
+    loader = DataLoader(episodes, batch_size=None, num_workers=2, multiprocessing_context="spawn")
+    drawn = list(itertools.islice(loader, 5))
+    assert drawn == [episodes.batch(index) for index in range(2, 7)]
+    assert episodes.position == 2
+    stream = Loader(episodes, workers=2)
+    assert [next(stream) for _ in range(3)] == drawn[:3]
+    resumed = Loader(Episodes(episodes.dataset, tasks=3, queries=2), workers=1)
+    resumed.load_state_dict(stream.state_dict())
+    assert next(resumed) == drawn[3] == next(stream)
+    stream.load_state_dict({"seed": 1, "position": 6})
+    assert next(stream) == drawn[4]
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 6])
+def test_shards_are_the_batches_cut(shards):
+    labels = torch.arange(60) % 12
+    for dataset in (Sinusoids(), ClassSamples.from_arrays(torch.rand(60, 2), labels)):
+        episodes = Episodes(dataset, queries=2, tasks=6, seed=3)
+        next(episodes)
+        for index in (0, 4):
+            parts = [episodes.shard(rank, shards).batch(index) for rank in range(shards)]
+            assert parts == episodes.batch(index).split(6 // shards)
+        again = episodes.shard(shards - 1, shards)
+        assert next(again) == episodes.batch(1).split(6 // shards)[-1]
+
+
+def test_bad_shards_and_workers():
+    episodes = Episodes(Sinusoids(), tasks=6)
+    with pytest.raises(ValueError, match=r"shards must divide tasks, 6 \(got 4\)"):
+        episodes.shard(0, 4)
+    with pytest.raises(ValueError, match=r"rank must be below shards, 2 \(got 2\)"):
+        episodes.shard(2, 2)
+    with pytest.raises(ValueError, match=r"workers must be >= 1 \(got 0\)"):
+        Loader(episodes, workers=0)
