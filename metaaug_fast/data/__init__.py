@@ -2,6 +2,7 @@
 
 from .draws import Draws
 from .episodes import Episodes, Loader
+from .fixed import load_tasks, save_tasks
 from .readers import Glyphs, Omniglot, Sinusoids, download_omniglot
 from .samples import ClassSamples
 from .source import EpisodeSpec, TaskSource
@@ -21,4 +22,6 @@ __all__ = [
     "Sinusoids",
     "TaskSource",
     "download_omniglot",
+    "load_tasks",
+    "save_tasks",
 ]
