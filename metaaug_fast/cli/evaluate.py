@@ -20,6 +20,7 @@ from ..runs.build import check_ways, make_episodes, make_sources, target_shape_o
 from ..runs.config import Config, configure
 from ..runs.experiment import beside, check_test_steps, judge, write_report
 from ..runs.load import configuration, load
+from ..runs.registry import find_data
 from .options import Parser, add_machine_options, options_of, use_machine
 
 
@@ -32,7 +33,11 @@ def run(arguments: Sequence[str]) -> int:
     options, fields = parser.parse_known_args(arguments)
     path, allow = options.checkpoint, tuple(options.allow)
     use_machine(options)
-    content = configuration(path, checkpoints.load(path), allow).as_dict()
+    before = configuration(path, checkpoints.load(path), allow)
+    content = before.as_dict()
+    if options.data is not None and options.data != before.data.name:
+        content["data"] = {"name": options.data}
+        allow = (*allow, options.data.partition(":")[0])
     config = configure(
         content, fields, allow=allow, sections=("data", "sampling", "evaluation"), others=options_of(parser)
     )
@@ -47,6 +52,7 @@ def run(arguments: Sequence[str]) -> int:
     check_test_steps(config, learner)
     source = make_sources(config.data, ["test"], download=options.download, device=options.device, allow=allow)["test"]
     regression = target_shape_of(source) is not None
+    _check_shapes(before, config, source)
     check_ways(config, target_shape_of(source), allow)
     if options.plot is not None:
         _check_drawable(source.sample_shape, target_shape_of(source))
@@ -77,11 +83,28 @@ def _parser() -> Parser:
         metavar="MODULE",
         help="of your own, whose learner, model or data set the checkpoint names: its code may run",
     )
+    parser.add_argument("--data", metavar="NAME", help="another data set than the one trained on")
     parser.add_argument("--report", type=Path, metavar="FILE", help="JSON report (CHECKPOINT.evaluation.json)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of the first episode, or of three curves")
     parser.add_argument("--download", action="store_true", help="fetch what the data set lacks")
     add_machine_options(parser)
     return parser
+
+
+def _check_shapes(before: Config, after: Config, source: Any) -> None:
+    """ValueError unless another data set has samples and targets of the kind that the learner was trained on."""
+    if after.data.name == before.data.name:
+        return
+    made_for = None if before.model is None else before.model.fields.get("sample_shape")
+    if made_for is not None and list(source.sample_shape) != list(made_for):
+        raise ValueError(
+            f"--data must have samples of the shape that the model was made for, {list(made_for)} "
+            f"(got {after.data.name} with {list(source.sample_shape)})"
+        )
+    trained_on = getattr(find_data(before.data.name, None), "target_shape", None)
+    if target_shape_of(source) != trained_on:
+        kinds = ["classes" if shape is None else "numbers" for shape in (trained_on, target_shape_of(source))]
+        raise ValueError(f"--data must have {kinds[0]} for targets, as {before.data.name} (got {kinds[1]})")
 
 
 def _check_format(path: Path) -> None:

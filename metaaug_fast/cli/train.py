@@ -72,6 +72,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--model", metavar="NAME", help=f"{', '.join(MODELS.names())}, or module:attribute (what suits the data)"
     )
+    parser.add_argument(
+        "--split", metavar="NAME", help="how classes are divided, where there are several ways"
+    )
     parser.add_argument("--recipe", metavar="NAME", help="settings to start from (LEARNER-DATA, where there is one)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML, which come before the recipe's")
     parser.add_argument(
@@ -102,6 +105,8 @@ def _content(named: str | None, options: argparse.Namespace, words: Sequence[str
         for section, name in (("learner", named), ("data", options.data), ("model", options.model))
         if name is not None
     }
+    if options.split is not None:
+        names.setdefault("data", {})["splits"] = options.split
     file = {} if options.config is None else read_yaml(options.config)
     asked = merged(file, names)
     learner, data = (asked.get(section, {}).get("name") for section in ("learner", "data"))
@@ -134,7 +139,7 @@ def _resumed(
     named: str | None, options: argparse.Namespace, fields: Sequence[str], others: Sequence[str]
 ) -> tuple[Config, Path]:
     """The checkpoint's configuration, of which little may be other than it was, and the file to go on from."""
-    for option, value in (("--config", options.config), ("--recipe", options.recipe)):
+    for option, value in (("--config", options.config), ("--recipe", options.recipe), ("--split", options.split)):
         if value is not None:
             raise ValueError(
                 f"{option} must not be given with --resume, which has the checkpoint's settings (got {value})"

@@ -425,3 +425,28 @@ def test_omniglot_as_the_papers_do(tmp_path, capsys, real_omniglot):
     out = ["--out", str(tmp_path / "o.safetensors"), "--episodes", "4", "--validation-episodes", "2", "--quiet"]
     assert main(["train", "maml", *arguments, *out]) == 0
     assert "5-way 1-shot: omniglot_mlp, 2 tasks, inner lr 0.4, inner steps 1" in capsys.readouterr().out
+
+
+def test_evaluate_on_another_data_set(tmp_path, capsys, monkeypatch):
+    path, fresh = str(tmp_path / "c.safetensors"), ["--episodes", "10", "--validation-episodes", "10", "--quiet"]
+    assert main(["train", "maml", "--data", "glyphs", "--hidden", "4", "--steps", "2", "--out", path, *fresh]) == 0
+    (tmp_path / "other_data.py").write_text(
+        "import numpy as np\nimport metaaug_fast as mf\n\n"
+        "def letters():\n"
+        "    pictures = np.random.default_rng(0).random((300, 1, 28, 28), np.float32)\n"
+        "    return mf.data.ClassSamples.from_arrays(pictures, np.arange(300) % 30)\n\n"
+        "def small():\n"
+        "    return mf.data.ClassSamples.from_arrays(np.zeros((300, 1, 8, 8), np.float32), np.arange(300) % 30)\n"
+    )
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", path, "--data", "other_data:letters", "--episodes", "10"]) == 0
+    shown = capsys.readouterr().out
+    assert "maml on other_data:letters" in shown
+    for data, message in (
+        ("other_data:small", "model was made for, [1, 28, 28] (got other_data:small with [1, 8, 8])"),
+        ("sinusoid", "model was made for, [1, 28, 28] (got sinusoid with [1])"),
+        ("glyph", "data must be one of glyphs"),
+    ):
+        assert main(["evaluate", path, "--data", data, "--episodes", "10"]) == 2
+        assert message in capsys.readouterr().err
