@@ -48,13 +48,42 @@ def fresh_numbers():
     torch.set_num_threads(before)
 
 
+def real_data(name: str) -> Path:
+    """The folder of a file among the real data, or a visible skip."""
+    path = Path(os.environ.get("METAAUG_DATA", Path(__file__).parents[2] / "shared" / "data")) / name
+    if not path.is_file():
+        pytest.skip(f"no {path}; METAAUG_DATA names the data folder")
+    return path.parent
+
+
 @pytest.fixture(scope="session")
 def real_omniglot() -> Path:
-    """The folder with the real archives, or a visible skip."""
-    root = Path(os.environ.get("METAAUG_DATA", Path(__file__).parents[2] / "shared" / "data")) / "omniglot"
-    if not (root / "images_background.zip").is_file():
-        pytest.skip(f"no Omniglot in {root}; METAAUG_DATA names the data folder")
-    return root
+    """The folder with the real archives."""
+    return real_data("omniglot/images_background.zip")
+
+
+@pytest.fixture(scope="session")
+def real_mnist() -> Path:
+    """The folder with the four real files."""
+    return real_data("mnist/train-images-idx3-ubyte.gz")
+
+
+@pytest.fixture(scope="session")
+def real_cifar10() -> Path:
+    """The folder with the real archive."""
+    return real_data("cifar10/cifar-10-binary.tar.gz")
+
+
+@pytest.fixture(scope="session")
+def real_cifar100() -> Path:
+    """The folder with the real archive."""
+    return real_data("cifar100/cifar-100-binary.tar.gz")
+
+
+@pytest.fixture(scope="session")
+def real_clinc150() -> Path:
+    """The folder with the real sentences."""
+    return real_data("clinc150/data_full.json")
 
 
 @pytest.fixture

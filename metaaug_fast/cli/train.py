@@ -72,9 +72,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--model", metavar="NAME", help=f"{', '.join(MODELS.names())}, or module:attribute (what suits the data)"
     )
-    parser.add_argument(
-        "--split", metavar="NAME", help="how classes are divided, where there are several ways"
-    )
+    parser.add_argument("--split", metavar="NAME", help="how classes are divided, where there are several ways")
     parser.add_argument("--recipe", metavar="NAME", help="settings to start from (LEARNER-DATA, where there is one)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML, which come before the recipe's")
     parser.add_argument(

@@ -1,9 +1,9 @@
-"""Data as episodes: labelled images, function families, and the sampler that turns them into task batches."""
+"""Data as episodes: labelled samples, function families, and the sampler that turns them into task batches."""
 
 from .draws import Draws
 from .episodes import Episodes, Loader
 from .fixed import load_tasks, save_tasks
-from .readers import Glyphs, Omniglot, Sinusoids, download_omniglot
+from .readers import Cifar10, Cifar100, Folder, Glyphs, Idx, Omniglot, Sinusoids, Text, download_omniglot
 from .samples import ClassSamples
 from .source import EpisodeSpec, TaskSource
 
@@ -11,16 +11,21 @@ ClassImages = ClassSamples
 """Its name while it was thought to hold pictures only."""
 
 __all__ = [
+    "Cifar10",
+    "Cifar100",
     "ClassImages",
     "ClassSamples",
     "Draws",
     "EpisodeSpec",
     "Episodes",
+    "Folder",
     "Glyphs",
+    "Idx",
     "Loader",
     "Omniglot",
     "Sinusoids",
     "TaskSource",
+    "Text",
     "download_omniglot",
     "load_tasks",
     "save_tasks",

@@ -14,6 +14,7 @@ import torch
 
 from metaaug_fast.bench.workloads import WORKLOADS
 from metaaug_fast.cli.main import main
+from metaaug_fast.data.readers import READERS
 from metaaug_fast.runs import checkpoint
 
 PROGRAM = Path(sys.executable).with_name("metaaug-fast")
@@ -146,10 +147,10 @@ BAD = [
         "learner must be one of maml, protonet, reptile, or module:attribute (got 'an",
     ),
     (["train", "protonett", "--data", "glyphs"], "(got 'protonett'; did you mean 'protonet'?)"),
-    (["train", "maml"], "--data must be one of glyphs, omniglot, sinusoid, or module:attribute (got none)"),
+    (["train", "maml"], f"--data must be one of {', '.join(sorted(READERS))}, or module:attribute (got none)"),
     (
-        ["train", "maml", "--data", "mnist"],
-        "data must be one of glyphs, omniglot, sinusoid, or module:attribute (got 'mn",
+        ["train", "maml", "--data", "mnits"],
+        f"data must be one of {', '.join(sorted(READERS))}, or module:attribute (got 'mn",
     ),
     (["train", "maml", "--data", "glyph"], "(got 'glyph'; did you mean 'glyphs'?)"),
     (["train", "maml", "--data", "omniglot"], "data.root must be given: omniglot has no default for it (got none)"),
@@ -446,7 +447,7 @@ def test_evaluate_on_another_data_set(tmp_path, capsys, monkeypatch):
     for data, message in (
         ("other_data:small", "model was made for, [1, 28, 28] (got other_data:small with [1, 8, 8])"),
         ("sinusoid", "model was made for, [1, 28, 28] (got sinusoid with [1])"),
-        ("glyph", "data must be one of glyphs"),
+        ("glyph", "did you mean 'glyphs'"),
     ):
         assert main(["evaluate", path, "--data", data, "--episodes", "10"]) == 2
         assert message in capsys.readouterr().err

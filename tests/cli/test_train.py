@@ -54,7 +54,9 @@ VALUES = {
         "protonet": {},
     },
     "data": {
+        "cifar100": {"splits": st.sampled_from(["cifar_fs", "fc100", "shuffled"])},
         "glyphs": {"size": COUNT, "seed": COUNT, "cache_dir": st.none() | st.just("some where")},
+        "mnist": {"prefix": st.just("emnist-"), "splits": st.sampled_from(["shuffled", "ordered"])},
         "omniglot": {"archives": st.just(["a", "b"]), "rotations": st.none() | st.booleans()},
         "sinusoid": {"amplitude": st.lists(RATE, min_size=2, max_size=2), "x": st.just([-1.0, 2.5])},
     },
@@ -73,7 +75,10 @@ RUN = {
     "evaluation": {"test_steps": COUNT, "episodes": st.integers(2, 1000)},
 }  # fmt: skip
 ANOTHERS = ("data.seed", "model.ways")  # whose short name is that of another field
-NEEDED = {"omniglot": ["--root", "some where"]}
+ROOTED = ("cifar10", "cifar100", "clinc150", "csv", "folder", "idx", "mnist", "omniglot")
+NEEDED = {
+    name: ["--root", "some where", *(["--model", "mlp"] if name in ("clinc150", "csv") else [])] for name in ROOTED
+}
 
 
 @st.composite
@@ -212,7 +217,10 @@ def test_a_pair_without_a_recipe_is_said(tmp_path, monkeypatch, own_code):
             "learner: {name: 'no.such:Thing'}\ndata: {name: sinusoid}\n",
             "learner 'no.such:Thing' cannot be imported (Mod",
         ),
-        ("learner: {name: maml}\n", "--data must be one of glyphs, omniglot, sinusoid, or module:attribute (got none)"),
+        (
+            "learner: {name: maml}\n",
+            f"--data must be one of {', '.join(sorted(READERS))}, or module:attribute (got none)",
+        ),
         ("data: {name: sinusoid}\n", "LEARNER must be one of maml, protonet, reptile, or module:attribute (got none)"),
         ("learner: {name: maml, inner_steps: x}\ndata: {name: sinusoid}\n", "inner_steps must be an integer (got 'x')"),
         (

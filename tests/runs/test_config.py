@@ -10,11 +10,15 @@ from metaaug_fast.runs import configure, recipe, recipes
 from metaaug_fast.runs.config import Judging, Sampling, Training, merged, read_yaml
 from metaaug_fast.runs.registry import find_learner
 
-ROOT = {"omniglot": {"root": "here"}}
+ROOTED = ("cifar10", "cifar100", "clinc150", "csv", "folder", "idx", "mnist", "omniglot")
+ROOT = {name: {"root": "here"} for name in ROOTED}
+MODEL = {name: {"model": {"name": "mlp"}} for name in ("clinc150", "csv")}
+"""Of data that name none which suits them."""
 
 
 def content(learner="maml", data="sinusoid", **sections):
-    return {"learner": {"name": learner}, "data": {"name": data, **ROOT.get(data, {})}, **sections}
+    named = {"learner": {"name": learner}, "data": {"name": data, **ROOT.get(data, {})}}
+    return {**named, **MODEL.get(data, {}), **sections}
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
@@ -27,7 +31,7 @@ def test_every_pair_survives_a_file(learner, data):
     assert data in config.in_words(regression=data == "sinusoid")
     if "loss" in config.learner.fields:
         assert config.learner.fields["loss"] == ("mse" if data == "sinusoid" else "cross_entropy")
-    assert config.model.name == ("mlp" if data == "sinusoid" else "conv4")
+    assert config.model.name == ("mlp" if data == "sinusoid" or data in MODEL else "conv4")
 
 
 @pytest.mark.parametrize("name", recipes())

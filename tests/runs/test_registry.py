@@ -113,7 +113,7 @@ def test_a_package_that_cannot_be_imported(points):
         ),
         (find_model, "own:number", r"model 'own:number' must be an nn.Module or make one \(got int\)"),
         (find_data, "own:number", r"data 'own:number' must be, or make, a TaskSource or a data set .* \(got int\)"),
-        (find_data, "sinus", r"data must be one of glyphs, omniglot, sinusoid, .* did you mean 'sinusoid'"),
+        (find_data, "sinus", r"data must be one of .*, omniglot, sinusoid, .* did you mean 'sinusoid'"),
     ],
 )
 def test_names_of_nothing(own, find, name, message):

@@ -4,11 +4,26 @@ A reader is a class whose objects tasks can be drawn from. Its constructor's arg
 `data` section; `split` is given by the run.
 """
 
+from .cifar import Cifar10, Cifar100
+from .folder import Folder
 from .glyphs import Glyphs
+from .idx import Idx
 from .omniglot import Omniglot, download_omniglot
 from .sinusoid import Sinusoids
+from .text import Text
 
-READERS = {"glyphs": Glyphs, "omniglot": Omniglot, "sinusoid": Sinusoids}
+READERS = {
+    "cifar10": Cifar10,
+    "cifar100": Cifar100,
+    "glyphs": Glyphs,
+    "idx": Idx,
+    "mnist": Idx,
+    "clinc150": Text,
+    "csv": Text,
+    "folder": Folder,
+    "omniglot": Omniglot,
+    "sinusoid": Sinusoids,
+}
 """The names by which a run knows them."""
 
-__all__ = ["Glyphs", "Omniglot", "Sinusoids", "download_omniglot"]
+__all__ = ["Cifar10", "Cifar100", "Folder", "Glyphs", "Idx", "Omniglot", "Sinusoids", "Text", "download_omniglot"]

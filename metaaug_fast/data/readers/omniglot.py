@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import struct
 import urllib.error
@@ -20,7 +21,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ...checks import check_choice
 from ..cache import Arrays, cached_arrays, expanded, file_digest
+from ..division import PARTS, check_split, named_classes
 from ..samples import ClassSamples
 
 ARCHIVES = ("images_background", "images_evaluation")
@@ -32,6 +35,9 @@ MD5 = {
 # The papers' split of 1623 shuffled characters: 1200 to train on, 100 of them for validation in the MAML code, 423 to
 # test.
 SPLIT = {"train": 1100, "validation": 100, "test": 423}
+SPLITS = ("papers", "vinyals", "background")
+# Of the 964 characters of images_background, as many for validation as in `SPLIT`.
+BACKGROUND = {"train": 864, "validation": 100}
 
 # Characters in the published archives, each drawn 20 times.
 CHARACTERS = {
@@ -64,8 +70,7 @@ class Omniglot(ClassSamples):
     Args:
         root: folder with `images_background.zip` and `images_evaluation.zip`, or with these archives unpacked, in
             the official layout `<archive>/<alphabet>/<character>/<drawing>.png`.
-        split: `"train"` (1100 characters), `"validation"` (100), `"test"` (423) or `"all"`; of another number of
-            characters, the same shares. The characters are shuffled by `seed`, as in the papers.
+        split: `"train"`, `"validation"`, `"test"` or `"all"`.
         rotations: every character also turned by 90, 180 and 270 degrees, as classes of their own. None: in
             training only.
         size: side of the images. Other sizes are reduced to the nearest pixel, as the MAML code does; smoother
@@ -74,11 +79,16 @@ class Omniglot(ClassSamples):
         archives: names of the archives to read, if not the two official ones: `("images_background_small1",)`.
         seed: of the shuffle.
         cache_dir: where decoded images are kept, see `cache.cache_folder`.
+        splits: how characters are divided. `"papers"`: shuffled by `seed` into 1100, 100 and 423, of another number of
+            characters into the same shares. `"vinyals"`: the 1028, 172 and 423 of Vinyals et al. 2016 (arXiv
+            1606.04080). `"background"`: those of `images_background` shuffled by `seed` into 864 and 100, and all 659
+            of `images_evaluation` to test.
 
     Warns of, and counts, what a published archive lacks (characters, drawings) and drawings that are no squares.
 
     Raises:
-        FileNotFoundError, ValueError: an archive is missing, or damaged; the message says what to do.
+        FileNotFoundError, ValueError: an archive is missing, or damaged, or lacks characters that `splits` names; the
+            message says what to do.
         ConnectionError: the download failed.
     """
 
@@ -92,9 +102,12 @@ class Omniglot(ClassSamples):
         archives: Sequence[str] = ARCHIVES,
         seed: int = 0,
         cache_dir: str | os.PathLike[str] | None = None,
+        splits: str = "papers",
     ) -> None:
-        if split not in (*SPLIT, "all"):
-            raise ValueError(f"split must be one of {', '.join(SPLIT)}, all (got {split!r})")
+        check_split(split)
+        check_choice("splits", splits, SPLITS)
+        if splits == "background" and sorted(archives) != sorted(ARCHIVES):
+            raise ValueError(f"splits must be papers or vinyals where archives are not {ARCHIVES} (got {splits!r})")
         if size < 1:
             raise ValueError(f"size must be >= 1 (got {size})")
         folder = expanded(root)
@@ -108,10 +121,30 @@ class Omniglot(ClassSamples):
         images = torch.from_numpy(np.unpackbits(stored["packed"], axis=1, count=size * size) * np.uint8(255))
         data = ClassSamples(images.view(-1, size, size), np.cumsum(counts) - counts, counts[:, None], names)
         if split != "all":
-            data = data.split_shares(SPLIT, seed)[split]
+            if splits == "papers":
+                data = data.split_shares(SPLIT, seed)[split]
+            elif splits == "vinyals":
+                data = named_classes(data, vinyals_characters()[split], splits, str(folder))
+            else:
+                archive = "images_evaluation" if split == "test" else "images_background"
+                data = data.subset(np.flatnonzero(stored["origins"] == list(archives).index(archive)))
+                data = data if split == "test" else data.split_shares(BACKGROUND, seed)[split]
         if rotations or (rotations is None and split == "train"):
             data = data.with_rotations()
         super().__init__(data.samples, data.first, data.counts, data.names)
+
+
+def vinyals_characters() -> dict[str, list[str]]:
+    """The characters in each part of Vinyals' division, `<alphabet>/character<number>`.
+
+    >>> {part: len(names) for part, names in vinyals_characters().items()}
+    {'train': 1028, 'validation': 172, 'test': 423}
+    """
+    lists = json.loads(Path(__file__).with_name("omniglot_vinyals.json").read_text(encoding="utf-8"))
+    return {
+        part: [f"{alphabet}/character{number:02}" for alphabet, numbers in lists[part].items() for number in numbers]
+        for part in PARTS
+    }
 
 
 def download_omniglot(root: str | os.PathLike[str], url: str = URL, md5: Mapping[str, str] = MD5) -> None:
@@ -198,20 +231,21 @@ def _files(source: Path) -> Iterator[tuple[str, bytes]]:
                 yield "/".join(parts[1:]), archive.read(name)
 
 
-_STORED = ("packed", "counts", "names", "found", "squeezed")
+_STORED = ("packed", "counts", "names", "origins", "found", "squeezed")
 
 
 def _read(sources: Sequence[Path], size: int) -> Arrays:
     """Decode all drawings; a class in two archives counts once.
 
-    packed: ink in bits `[N, ...]`, class after class. counts, names: of the classes. found: for every source, how many
-    characters it holds and how many of them have fewer drawings than the published 20, `[sources, 2]`. squeezed: width
-    and height of every drawing that is no square, `[..., 2]`.
+    packed: ink in bits `[N, ...]`, class after class. counts, names: of the classes. origins: which source each class
+    comes from. found: for every source, how many characters it holds and how many of them have fewer drawings than the
+    published 20, `[sources, 2]`. squeezed: width and height of every drawing that is no square, `[..., 2]`.
     """
     classes: dict[str, dict[str, np.ndarray]] = {}
+    origins: dict[str, int] = {}
     holdings: list[tuple[int, int]] = []
     squeezed: list[tuple[int, int]] = []
-    for source in sources:
+    for place, source in enumerate(sources):
         found: dict[str, dict[str, np.ndarray]] = {}
         name = ""
         try:
@@ -232,12 +266,14 @@ def _read(sources: Sequence[Path], size: int) -> Arrays:
         holdings.append((len(found), sum(len(drawings) < _DRAWINGS for drawings in found.values())))
         for character, drawings in found.items():
             classes.setdefault(character, drawings)
+            origins.setdefault(character, place)
     names = sorted(classes)
     ink = [classes[name][drawing].reshape(-1) for name in names for drawing in sorted(classes[name])]
     return {
         "packed": np.packbits(ink, axis=1),
         "counts": np.array([len(classes[name]) for name in names]),
         "names": np.array(names),
+        "origins": np.array([origins[name] for name in names]),
         "found": np.array(holdings),
         "squeezed": np.array(squeezed).reshape(-1, 2),
     }

@@ -96,6 +96,38 @@ def test_split_and_rotations(zips):
     assert Omniglot(zips, "test", seed=1).names != parts["test"].names
 
 
+def test_the_archives_own_division(zips, pictures):
+    parts = {
+        part: Omniglot(zips, part, rotations=False, splits="background") for part in ("train", "validation", "test")
+    }
+    held = {
+        archive: {name.split("/", 1)[1].rpartition("/")[0] for name in files} for archive, files in pictures.items()
+    }
+    assert set(parts["test"].names) == held["images_evaluation"]
+    assert {*parts["train"].names, *parts["validation"].names} == held["images_background"]
+    assert [len(part) for part in parts.values()] == [27, 3, 11]
+    turned = Omniglot(zips, splits="background", archives=("images_evaluation", "images_background"))
+    assert turned.names[:27] == parts["train"].names
+    assert len(turned) == 4 * 27
+    assert Omniglot(zips, splits="background", seed=1).names != turned.names
+    whole = Omniglot(zips, "all", splits="background")
+    for part in parts.values():
+        for index, name in enumerate(part.names):
+            assert torch.equal(part.class_samples(index), whole.class_samples(whole.names.index(name)))
+
+
+def test_a_division_by_lists(zips, monkeypatch):
+    names = Omniglot(zips, "all").names
+    lists = {"train": names[7:30:2], "validation": names[:2], "test": names[40:30:-3]}
+    monkeypatch.setattr(omniglot, "vinyals_characters", lambda: lists)
+    for part, chosen in lists.items():
+        assert Omniglot(zips, part, rotations=False, splits="vinyals").names == chosen
+    assert Omniglot(zips, splits="vinyals").names[: len(lists["train"])] == lists["train"]
+    lists["test"] = ("Alpha/character99", *names[:3])
+    with pytest.raises(ValueError, match=r"lacks 1 of 4 classes of splits='vinyals', 'Alpha/character99' the first"):
+        Omniglot(zips, "test", splits="vinyals")
+
+
 def test_episodes(zips):
     batch = next(Episodes(Omniglot(zips), ways=5, shots=1, queries=3, tasks=8))
     assert batch.support_x.shape == (8, 5, 1, 28, 28)
@@ -167,6 +199,10 @@ def test_bad_arguments(zips):
         Omniglot(zips, "valid")
     with pytest.raises(ValueError, match=r"size must be >= 1 \(got 0\)"):
         Omniglot(zips, size=0)
+    with pytest.raises(ValueError, match=r"splits must be one of papers, vinyals, background \(got 'lake'\)"):
+        Omniglot(zips, splits="lake")
+    with pytest.raises(ValueError, match=r"splits must be papers or vinyals where archives are not .*'background'"):
+        Omniglot(zips, splits="background", archives=("images_background",))
 
 
 @pytest.fixture
@@ -264,6 +300,13 @@ def test_real_archives(real_omniglot):
     assert len(Omniglot(real_omniglot, "test")) == 423
     # Ink is the smaller part of a drawing.
     assert 0.05 < whole.samples.double().mean() / 255 < 0.2
+
+
+@pytest.mark.parametrize(("splits", "sizes"), [("vinyals", [1028, 172, 423]), ("background", [864, 100, 659])])
+def test_real_divisions(real_omniglot, splits, sizes):
+    parts = [Omniglot(real_omniglot, part, False, splits=splits) for part in ("train", "validation", "test")]
+    assert [len(part) for part in parts] == sizes
+    assert len({name for part in parts for name in part.names}) == 1623
 
 
 @pytest.mark.slow

@@ -1,0 +1,293 @@
+"""Pictures of one's own: a folder with a folder for each class."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import struct
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image, ImageOps
+
+from ...checks import check_choice, check_integer
+from ..cache import Arrays, cached_arrays, expanded, file_digest
+from ..samples import SHARES, ClassSamples, part_of
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+"""Of the files that are read, in small or capital letters."""
+
+PARTS: Mapping[str, tuple[str, ...]] = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
+"""Names of the folders that the classes of a part lie in, where somebody has divided them."""
+
+# Pillow has more formats, some of which start other programs.
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")
+# What it raises over broken pictures, and over those that no memory may hold.
+_DAMAGE = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    OverflowError,
+    SyntaxError,
+    NotImplementedError,
+    struct.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+_STORED = ("images", "counts", "names", "parts", "damaged", "squeezed")
+
+
+class Folder(ClassSamples):
+    """Pictures in a folder for each class: PNG, JPEG, BMP, GIF (the first frame) and WebP; other files are ignored.
+
+    Where `root` has the folders `train`, `validation` (or `val`) and `test`, whose folders are the classes, these are
+    the parts. Otherwise the folders of `root` are the classes, which are shuffled by `seed` and divided 64 : 16 : 20.
+    A class goes by the name of its folder. Files and folders whose names begin with a dot are ignored.
+
+    Pictures are turned as their EXIF data say, what is transparent is laid on white, and 16 bits are reduced to 8.
+
+    Args:
+        root: folder `<class>/<picture>`, or `train/<class>/<picture>` and so on.
+        split: `"train"`, `"validation"`, `"test"` or `"all"`.
+        size: height and width that pictures are brought to (bilinear; to half or less by means of boxes). None: all
+            pictures must have one size, and are as they are.
+        damaged: `"refuse"` a picture that cannot be read, or `"skip"` it, with a warning that counts.
+        channels: 1 (grey) or 3. None: 1 if all pictures are grey, else 3.
+        seed: of the shuffle of classes, where `root` is not divided.
+        cache_dir: where decoded pictures are kept, see `cache.cache_folder`.
+
+    Warns of, and counts, pictures that are skipped or squeezed, and classes of one name in two parts.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: `root` is missing, or is no folder.
+        ValueError: an argument is out of range; a picture cannot be read or has another size; a part has fewer than two
+            classes, or a class fewer than two pictures.
+
+    >>> import tempfile
+    >>> root = Path(tempfile.mkdtemp())
+    >>> for name in ("cat", "dog"):
+    ...     (root / name).mkdir()
+    ...     for number in range(3):
+    ...         Image.new("L", (9, 8)).save(root / name / f"{number}.png")
+    >>> Folder(root, "all", cache_dir=root / "cache")
+    Folder(2 classes, 3 to 3 samples each of shape (1, 8, 9))
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        split: str = "train",
+        size: int | None = None,
+        damaged: Literal["refuse", "skip"] = "refuse",
+        channels: Literal[1, 3] | None = None,
+        seed: int = 0,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        check_choice("split", split, (*SHARES, "all"))
+        check_choice("damaged", damaged, ("refuse", "skip"))
+        check_integer("seed", seed)
+        if size is not None:
+            check_integer("size", size, low=1)
+        if channels not in (None, 1, 3):
+            raise ValueError(f"channels must be 1, 3 or None (got {channels!r})")
+        folder = expanded(root)
+        divided, classes = _find(folder)
+        made_from = [size, damaged, channels, PIL.__version__, file_digest(Path(__file__)), *_state(folder, classes)]
+        stored = cached_arrays(
+            "folder", made_from, lambda: _read(classes, size, damaged, channels), cache_dir, names=_STORED
+        )
+        _warn(folder, size, stored)
+        counts, names, parts = stored["counts"], stored["names"], stored["parts"]
+        data = ClassSamples(
+            torch.from_numpy(stored["images"]), np.cumsum(counts) - counts, counts[:, None], names.tolist()
+        )
+        if split != "all" and divided:
+            data = data.subset(np.flatnonzero(parts == split))
+            if not len(data):
+                raise ValueError(
+                    f"{folder} must have a folder {' or '.join(PARTS[split])}, as it has {' and '.join(_unique(parts))}"
+                )
+        elif split != "all":
+            data = part_of(data, split, seed)
+        # The pictures of this part alone, so that three parts do not hold three times the whole.
+        samples = torch.cat([data.class_samples(index) for index in range(len(data))])
+        sizes = data.counts.sum(1)
+        super().__init__(samples, np.cumsum(sizes) - sizes, data.counts, data.names)
+
+
+Classes = dict[tuple[str, str], Sequence[Path]]
+"""The pictures of each class, by its part (empty where the folder is not divided) and its name."""
+
+
+def _find(root: Path) -> tuple[bool, Classes]:
+    """Whether `root` is divided into parts, and its classes in order of their names."""
+    if not root.exists():
+        raise FileNotFoundError(f"{root} is missing; root must be a folder with a folder for each class")
+    if not root.is_dir():
+        raise NotADirectoryError(f"{root} is no folder; root must be a folder with a folder for each class")
+    parts = {}
+    for part, names in PARTS.items():
+        found = [root / name for name in names if (root / name).is_dir()]
+        if len(found) > 1:
+            raise ValueError(f"{root} must have one folder of {part} classes (got {' and '.join(names)})")
+        if found:
+            parts[part] = found[0]
+    # A class may be called train: then there are no folders in it.
+    divided = "train" in parts and len(parts) > 1 and any(_folders(parts["train"]))
+    classes: Classes = {}
+    for part, folder in parts.items() if divided else [("", root)]:
+        folders = _folders(folder)
+        for each in folders:
+            classes[part, each.name] = _pictures(each)
+        if not any(classes[part, each.name] for each in folders):
+            raise ValueError(
+                f"{folder} must hold <class>/<picture>{'|'.join(SUFFIXES)} (got no picture in a folder of its class)"
+            )
+        if len(folders) < 2:
+            raise ValueError(f"{folder} must have a folder for each of two classes or more (got {folders[0].name!r})")
+    return divided, classes
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(
+        each
+        for each in folder.iterdir()
+        if each.suffix.lower() in SUFFIXES and not each.name.startswith(".") and each.is_file()
+    )
+
+
+def _state(root: Path, classes: Classes) -> tuple[str, str]:
+    """What tells one state of a folder from another without reading its pictures."""
+    digest = hashlib.sha256()
+    for name, files in classes.items():
+        digest.update(f"{name}\n".encode(errors="surrogateescape"))
+        for file in files:
+            status = file.stat()
+            digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    return str(root.resolve()), digest.hexdigest()
+
+
+def _read(classes: Classes, size: int | None, damaged: str, channels: int | None) -> Arrays:
+    """Decode all pictures.
+
+    images: uint8 `[N, channels, H, W]`, class after class. counts, names, parts: of the classes. damaged: a sentence
+    for each picture left out. squeezed: width and height of those that were no squares and are, `[..., 2]`.
+    """
+    images: list[np.ndarray] = []
+    counts = []
+    left_out: list[str] = []
+    squeezed = []
+    first: Path | None = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        for (_, name), files in classes.items():
+            before = len(images)
+            for file in files:
+                content = file.read_bytes()
+                try:
+                    image = _decoded(content, channels)
+                except _DAMAGE as error:
+                    reason = f"{file} cannot be read ({str(error) or type(error).__name__})"
+                    if damaged == "refuse":
+                        raise ValueError(f'{reason}; replace or delete it, or give damaged="skip"') from error
+                    left_out.append(reason)
+                    continue
+                if size is not None:
+                    if image.width != image.height:
+                        squeezed.append(image.size)
+                    image = _resized(image, size)
+                images.append(_array(image))
+                if first is None:
+                    first = file
+                elif images[-1].shape[1:] != images[0].shape[1:]:
+                    raise ValueError(
+                        "pictures must have one size unless size says which (got "
+                        f"{first} with {_extent(images[0])} and {file} with {_extent(images[-1])} pixels); give size=N"
+                    )
+            counts.append(len(images) - before)
+            if counts[-1] < 2:
+                raise ValueError(
+                    f"a class must have two pictures or more that can be read (got {counts[-1]} of {name!r}); "
+                    "add some, or remove its folder"
+                )
+    depth = channels or max(map(len, images))
+    pixels = np.empty((len(images), depth, *images[0].shape[1:]), dtype=np.uint8)
+    for row, image_ in enumerate(images):
+        pixels[row] = image_
+    return {
+        "images": pixels,
+        "counts": np.array(counts),
+        "names": np.array([name for _, name in classes]),
+        "parts": np.array([part for part, _ in classes]),
+        "damaged": np.array(left_out, dtype=str),
+        "squeezed": np.array(squeezed, dtype=np.int64).reshape(-1, 2),
+    }
+
+
+def _decoded(content: bytes, channels: int | None) -> Image.Image:
+    """A picture in mode L (grey) or RGB, whichever it was or `channels` asks for."""
+    turned = ImageOps.exif_transpose(Image.open(io.BytesIO(content), formats=_FORMATS))
+    if turned.mode.startswith("I"):  # 16 bits, which Pillow would clip
+        turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
+    if turned.has_transparency_data:
+        turned = turned.convert("RGBA")
+        paper = Image.new("RGBA", turned.size, "white")
+        turned = Image.alpha_composite(paper, turned)
+    if channels == 1 or turned.mode in ("1", "L"):
+        return turned.convert("L")
+    return turned.convert("RGB")
+
+
+def _resized(image: Image.Image, size: int) -> Image.Image:
+    shrinks = min(image.size) >= 2 * size
+    return image.resize((size, size), Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR)
+
+
+def _array(image: Image.Image) -> np.ndarray:
+    """uint8 `[1, H, W]` or `[3, H, W]`; three equal channels are one."""
+    pixels = np.asarray(image)
+    if pixels.ndim == 3 and (pixels == pixels[..., :1]).all():
+        pixels = pixels[..., 0]
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def _extent(image: np.ndarray) -> str:
+    return f"{image.shape[2]} x {image.shape[1]}"
+
+
+def _unique(parts: np.ndarray) -> list[str]:
+    return [part for part in PARTS if part in parts.tolist()]
+
+
+def _warn(root: Path, size: int | None, stored: Arrays) -> None:
+    said = []
+    total = stored["counts"].sum()
+    if len(damaged := stored["damaged"]):
+        said.append(f"{root}: {len(damaged)} of {total + len(damaged)} pictures are skipped; the first: {damaged[0]}")
+    if len(squeezed := stored["squeezed"]):
+        width, height = squeezed[0].tolist()
+        said.append(
+            f"{root}: {len(squeezed)} of {total} pictures are no squares and are squeezed into {size} x {size} pixels "
+            f"(the first had {width} x {height})"
+        )
+    names, times = np.unique(stored["names"], return_counts=True)
+    if (times > 1).any():
+        said.append(
+            f"{root}: {(times > 1).sum()} of {len(names)} classes, such as {str(names[times.argmax()])!r}, are in more "
+            "than one part, so a test may know what training has seen"
+        )
+    for text in said:
+        warnings.warn(text, stacklevel=3)

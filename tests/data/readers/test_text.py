@@ -1,0 +1,293 @@
+"""Sentences of csv files and of CLINC150, their words, tokenizers of one's own, and what is wrong in them."""
+
+import csv
+import json
+import re
+import warnings
+from collections import Counter, UserDict
+
+import numpy as np
+import pytest
+import torch
+
+from metaaug_fast.data import Text
+from metaaug_fast.runs import configure
+from metaaug_fast.runs.build import make_sources
+
+SPLITS = ("train", "validation", "test")
+
+
+@pytest.fixture
+def said(rng):
+    """Pairs of a sentence and one of 25 labels, some of them with words of their own, in random order."""
+    pairs = [
+        (" ".join(f"w{word}" for word in rng.integers(0, 40, rng.integers(1, 9))) + f" own{label}", f"label {label:02}")
+        for label in range(25)
+        for _ in range(rng.integers(2, 6))
+    ]
+    rng.shuffle(pairs)
+    return [tuple(map(str, pair)) for pair in pairs]
+
+
+def write(path, rows, header=("text", "label"), encoding="utf-8"):
+    with open(path, "w", encoding=encoding, newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+@pytest.fixture
+def path(tmp_path, said):
+    return write(tmp_path / "said.csv", said)
+
+
+def sentences(data):
+    """Of each class, its sentences in words, as the vocabulary has them."""
+    return {
+        name: [[data.vocabulary[word] for word in row if word] for row in data.class_samples(index).tolist()]
+        for index, name in enumerate(data.names)
+    }
+
+
+def test_every_sentence_is_in_its_class(path, said):
+    data = Text(path, "all", length=9)
+    assert data.samples.dtype == torch.int64
+    assert data.sample_shape == (9,)
+    assert len(data) == 25
+    assert data.names == tuple(f"label {label:02}" for label in range(25))
+    known = set(data.vocabulary)
+    for name, found in sentences(data).items():
+        expected = [text.split() for text, label in said if label == name]
+        assert found == [[word if word in known else "<unknown>" for word in text] for text in expected]
+
+
+def test_the_vocabulary_is_of_the_training_classes_alone(path, said, rng):
+    seed = int(rng.integers(2**30))
+    parts = {split: Text(path, split, seed=seed) for split in SPLITS}
+    assert [len(part) for part in parts.values()] == [16, 4, 5]
+    assert sorted(name for part in parts.values() for name in part.names) == [
+        f"label {label:02}" for label in range(25)
+    ]
+    counts = Counter(word for text, label in said if label in parts["train"].names for word in text.split())
+    expected = sorted(counts, key=lambda word: (-counts[word], word))
+    for part in (*parts.values(), Text(path, "all", seed=seed)):
+        assert part.vocabulary == ("<padding>", "<unknown>", *expected)
+    assert (parts["train"].samples != 1).all()
+    for split in ("validation", "test"):  # each sentence ends in a word that no other class has
+        ends = [row[row > 0][-1] for row in parts[split].samples]
+        assert ends == [1] * len(ends)
+    assert Text(path, seed=seed + 1).names != parts["train"].names
+
+
+def test_words_and_punctuation(tmp_path):
+    path = write(tmp_path / "x.csv", [('What\'s up, "Jo"?', "a"), ("jo is UP! Ärger’s up", "b")])
+    data = Text(path, "all", seed=0, length=12)
+    train = Text(path, "train", seed=0).names[0]
+    said = {"a": ["what's", "up", ",", '"', "jo", '"', "?"], "b": ["jo", "is", "up", "!", "ärger’s", "up"]}
+    known = set(said[train])
+    assert sentences(data) == {
+        name: [[word if word in known else "<unknown>" for word in words]] for name, words in said.items()
+    }
+    assert data.vocabulary[2] == {"a": '"', "b": "up"}[train]
+
+
+def test_long_sentences_are_cut_and_counted(path, said):
+    whole = Text(path, "all", length=9)
+    longer = sum(len(text.split()) > 3 for text, _ in said)
+    with pytest.warns(UserWarning, match=rf"said\.csv: {longer} of {len(said)} sentences have more than 3 tokens and"):
+        cut = Text(path, "all", length=3)
+    assert torch.equal(cut.samples, whole.samples[:, :3])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(Text(path, "all", length=20).samples[:, :9], whole.samples)
+
+
+def test_columns_by_name(tmp_path, said, path):
+    rows = [(label, number, text) for number, (text, label) in enumerate(said)]
+    other = write(tmp_path / "other.csv", rows, ("intent", "id", "utterance"), encoding="utf-8-sig")
+    data = Text(other, "all", text="utterance", label="intent")
+    assert torch.equal(data.samples, Text(path, "all").samples)
+    write(tmp_path / "marked.csv", rows, ("label", "id", "text"), encoding="utf-8-sig")
+    assert torch.equal(Text(tmp_path / "marked.csv", "all").samples, data.samples)
+    with pytest.raises(
+        ValueError, match=r"text must be one of the columns of .*other\.csv, intent, id, utterance \(got"
+    ):
+        Text(other)
+    with pytest.raises(
+        ValueError, match=r"label must be one of the columns of .*, intent, id, utterance \(got 'topic'"
+    ):
+        Text(other, text="utterance", label="topic")
+    with pytest.raises(ValueError, match="label must be another column than text"):
+        Text(other, text="intent", label="intent")
+
+
+def test_clinc150_has_all_its_parts_but_what_is_out_of_scope(tmp_path, said, path):
+    pairs = [list(pair) for pair in said]
+    nonsense = [["what is out of scope", "oos"]] * 3
+    content = {"oos_val": nonsense, "train": pairs[:20], "oos_test": nonsense, "val": pairs[20:30], "test": pairs[30:]}
+    (tmp_path / "data_full.json").write_text(json.dumps(content))
+    for root in (tmp_path, tmp_path / "data_full.json"):
+        data = Text(root, "all")
+        assert data.names == Text(path, "all").names
+        assert torch.equal(data.samples, Text(path, "all").samples)
+
+
+def hashed(texts):
+    return [[len(word) + 7 for word in text.split()] for text in texts]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        list,
+        lambda ids: {"input_ids": ids, "attention_mask": None},
+        lambda ids: UserDict(input_ids=ids),
+        lambda ids: [np.array(each, dtype=np.int32) for each in ids],
+        lambda ids: [torch.tensor(each) for each in ids],
+        lambda ids: map_to_square(ids),
+    ],
+)
+def test_a_tokenizer_of_ones_own(path, said, form):
+    asked = []
+
+    def tokenizer(texts):
+        asked.append(texts)
+        return form(hashed(texts))
+
+    data = Text(path, "test", tokenizer, length=9)
+    assert data.vocabulary is None
+    ((texts),) = asked
+    assert type(texts) is list
+    assert sorted(texts) == sorted(text for text, label in said if label in data.names)
+    expected = [[*ids, *[0] * (9 - len(ids))] for ids in hashed(texts)]
+    assert data.samples.tolist() == expected
+
+
+def map_to_square(ids):
+    return torch.tensor([[*each, *[0] * (9 - len(each))] for each in ids])
+
+
+@pytest.mark.parametrize(
+    ("gives", "error", "message"),
+    [
+        (lambda texts: None, TypeError, r"a list of ids for each sentence, .* \(got NoneType\)"),
+        (lambda texts: "ids", TypeError, r"\(got str\)"),
+        (lambda texts: [], ValueError, r"\(got 0 for \d+ sentences\)"),
+        (lambda texts: hashed(texts)[1:], ValueError, r"\(got \d+ for \d+ sentences\)"),
+        (lambda texts: {"ids": hashed(texts)}, ValueError, r"\(got a mapping with ids\)"),
+        (lambda texts: [*hashed(texts)[1:], []], ValueError, r"\(got '\[\]' for '.*'\)"),
+        (lambda texts: [*hashed(texts)[1:], None], ValueError, r"\(got 'None' for '.*'\)"),
+        (lambda texts: [*hashed(texts)[1:], 7], ValueError, r"\(got '7' for '.*'\)"),
+        (lambda texts: [*hashed(texts)[1:], [[1], [2, 3]]], ValueError, r"\(got '\[\[1\], \[2, 3\]\]' for '.*'\)"),
+        (lambda texts: [text.split() for text in texts], ValueError, r"integers >= 0 \(got \['w"),
+        (lambda texts: [[0.5] for _ in texts], ValueError, r"integers >= 0 \(got \[0.5\]"),
+        (lambda texts: [[True] for _ in texts], ValueError, r"integers >= 0 \(got \[True\]"),
+        (lambda texts: [[3, -1] for _ in texts], ValueError, r"integers >= 0 \(got \[3, -1\]"),
+        (lambda texts: [[2**63] for _ in texts], ValueError, r"integers >= 0 \(got \[9223372036854775808\]"),
+    ],
+)
+def test_tokenizers_that_give_something_else(path, gives, error, message):
+    with pytest.raises(error, match=f"tokenizer must give {'.*' if message[0] != 'a' else ''}{message}"):
+        Text(path, tokenizer=gives)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"must begin with a line that names its columns \(got an empty one\)"),
+        ("\n\ntext,label\n", r"must begin with a line that names its columns"),
+        ("text,label\n", r"must have sentences \(got nothing below the names of its columns\)"),
+        ("text,label\nhi,a\n  ,b\n", r"line 3 of .*x\.csv must have a sentence \(got '  '\)"),
+        ("text,label\nhi,a\nho,\n", r"line 3 of .*x\.csv must have a label \(got ''\)"),
+        ("text,label\nhi,NaN\n", r"line 2 of .*x\.csv must have a label \(got 'NaN'\)"),
+        ("text,label\nhi, you,a\n", r"line 2 of .* must have 2 columns as the first \(got 3\); put quotes around"),
+        ("text,label\nhi\n", r"line 2 of .* must have 2 columns as the first \(got 1\)"),
+        ('text,label\nhi,a\n"ho,b\n', r"x\.csv cannot be read .* it must be csv in UTF-8 \(unexpected end of data\)"),
+        ("text,label\nhi,\udcff\n", r"x\.csv cannot be read .* it must be csv in UTF-8 \(.*can't decode byte 0xff"),
+        ("text,text,label\nhi,hi,a\n", r"text must be one of the columns of .*, text, text, label \(got 'text'\)"),
+    ],
+)
+def test_csv_files_that_are_none(tmp_path, content, message):
+    (tmp_path / "x.csv").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=message) as caught:
+        Text(tmp_path / "x.csv")
+    assert "\n" not in str(caught.value)
+
+
+def test_blank_lines_and_quotes(tmp_path):
+    (tmp_path / "x.csv").write_text('text,label\n\n"hi, ""you""",a\n\nbye,b\n"hi\nthere", b \n')
+    data = Text(tmp_path / "x.csv", "all", lambda texts: [[len(text)] for text in texts])
+    assert data.names == ("a", "b")
+    assert data.samples[:, 0].tolist() == [len('hi, "you"'), len("bye"), len("hi\nthere")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"data_full\.json is no JSON \(.*\); it must be \{\"train\": \[\[text, label\], \.\.\.\]"),
+        ('{"train": [', r"is no JSON \("),
+        ("\udcff", r"is no JSON \("),
+        ("[" * 100_000, r"is no JSON \("),
+        ("[]", r"must be .* as CLINC150 is \(got a list\)"),
+        ("{}", r"must have sentences \(got none in an empty mapping\)"),
+        ('{"train": [], "oos_val": [["x", "oos"]]}', r"must have sentences \(got none in train, oos_val\)"),
+        ('{"train": {}}', r"must be .* \(got a dict in 'train'\)"),
+        ('{"train": [["x", "a"], "y"]}', r"must be .* \(got y as train\[1\]\)"),
+        ('{"train": [["x"]]}', r"must be .* \(got \['x'\] as train\[0\]\)"),
+        ('{"train": [["x", null]]}', r"must be .* \(got \['x', None\] as train\[0\]\)"),
+        ('{"val": [["x", " "]]}', r"val\[0\] of .* must have a label \(got ''\)"),
+        ('{"val": [["", "a"]]}', r"val\[0\] of .* must have a sentence \(got ''\)"),
+    ],
+)
+def test_json_that_is_none(tmp_path, content, message):
+    (tmp_path / "data_full.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=message):
+        Text(tmp_path)
+
+
+def test_no_file(tmp_path):
+    for root, missing in ((tmp_path, tmp_path / "data_full.json"), (tmp_path / "x.csv", tmp_path / "x.csv")):
+        with pytest.raises(FileNotFoundError, match=re.escape(f"{missing} is missing; root must be a csv file, or")):
+            Text(root)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"split": "dev"}, ValueError, "split must be one of train, validation, test, all"),
+        ({"length": 0}, ValueError, "length must be >= 1"),
+        ({"seed": 0.5}, TypeError, "seed must be an integer"),
+        ({"tokenizer": "letters"}, ValueError, r'tokenizer must be "words" or a function from .* \(got \'letters\'\)'),
+        ({"tokenizer": None}, ValueError, r"tokenizer must be .* \(got None\)"),
+    ],
+)
+def test_arguments(path, given, error, message):
+    with pytest.raises(error, match=message):
+        Text(path, **given)
+
+
+def test_too_few_classes_to_divide(tmp_path):
+    path = write(tmp_path / "x.csv", [("hi", "a"), ("bye", "b")])
+    with pytest.raises(ValueError, match=r"of 2, divided 64 : 16 : 20, none is for test \(got 'test'\)"):
+        Text(path, "test")
+
+
+@pytest.mark.parametrize("name", ["csv", "clinc150"])
+def test_a_run_reads_it(path, name):
+    content = {"learner": {"name": "protonet"}, "data": {"name": name}, "model": {"name": "mlp"}}
+    sources = make_sources(configure(content, ["--root", str(path), "--length=11"]).data)
+    assert [(len(part), part.sample_shape) for part in sources.values()] == [(n, (11,)) for n in (16, 4, 5)]
+    del content["model"]
+    with pytest.raises(ValueError, match=f"model must be given: data {name} names none that suits it"):
+        configure(content, ["--root", str(path)])
+
+
+def test_the_real_sentences(real_clinc150):
+    parts = [Text(real_clinc150, split) for split in SPLITS]
+    assert [len(part) for part in parts] == [96, 24, 30]
+    assert all((part.counts == 150).all() for part in parts)
+    assert not any(name.startswith("oos") for part in parts for name in part.names)
+    train, _, test = parts
+    assert 4000 < len(train.vocabulary) < 6000
+    assert train.samples.max() == len(train.vocabulary) - 1
+    # New intents are asked about in words that are mostly known.
+    assert 0.01 < (test.samples == 1).sum() / (test.samples > 0).sum() < 0.1
