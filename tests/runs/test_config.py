@@ -57,6 +57,10 @@ def test_the_papers_settings():
     run = configure(recipe("reptile-omniglot"), ["--root", "x"])
     assert [run.learner.fields[name] for name in ("inner_lr", "inner_batch", "inner_steps")] == [1e-3, 25, 3]
     assert (run.sampling.tasks, run.sampling.train_shots, run.training.schedule) == (10, 15, "linear")
+    run = configure(recipe("maml-cifar100"), ["--root", "x"])
+    assert (run.learner.fields["inner_lr"], run.learner.fields["inner_steps"]) == (0.01, 5)
+    assert (run.model.fields["hidden"], run.data.fields["splits"], run.evaluation.test_steps) == (32, "cifar_fs", 10)
+    assert (run.sampling.shots, run.sampling.queries, run.sampling.tasks, run.training.steps) == (5, 15, 4, 60_000)
     run = configure(recipe("protonet-omniglot"), ["--root", "x"])
     assert (run.sampling.train_ways, run.sampling.queries, run.training.schedule) == (60, 5, "halving")
 
