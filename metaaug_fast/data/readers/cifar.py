@@ -10,7 +10,7 @@ import pickle
 import tarfile
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,7 +20,14 @@ import numpy as np
 from ...checks import check_choice
 from ..cache import expanded
 from ..division import PARTS, check_split, named_classes, sizes_of_few
+from ..download import fetch
 from ..samples import ClassSamples
+
+URL = "https://www.cs.toronto.edu/~kriz"
+SHA256 = {
+    "cifar-10-python.tar.gz": "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+    "cifar-100-python.tar.gz": "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+}
 
 PICTURES = 60_000
 """In each of the two published data sets."""
@@ -59,16 +66,20 @@ class Cifar10(ClassSamples):
         split: `"train"` (6 classes), `"validation"` (2), `"test"` (2), shuffled by `seed`, or `"all"`. With `"train"`
             there are tasks of up to 6 ways, to be judged on 2.
         seed: of the shuffle.
+        download: fetch `cifar-10-python.tar.gz` into `root` if there is none of these.
 
     Warns where the archive holds fewer pictures than the published one.
 
     Raises:
         FileNotFoundError, ValueError: the archive is missing, or damaged; the message says what to do.
+        ConnectionError: the download failed.
     """
 
-    def __init__(self, root: str | os.PathLike[str], split: str = "train", seed: int = 0) -> None:
+    def __init__(
+        self, root: str | os.PathLike[str], split: str = "train", seed: int = 0, download: bool = False
+    ) -> None:
         check_split(split)
-        data, _ = _read(expanded(root), CIFAR10, classes=10)
+        data, _ = _read(expanded(root), CIFAR10, 10, download)
         if split != "all":
             data = data.split_shares(sizes_of_few(len(data)), seed)[split]
         super().__init__(data.samples, data.first, data.counts, data.names)
@@ -86,20 +97,27 @@ class Cifar100(ClassSamples):
         splits: `"cifar_fs"`: the 64, 16 and 20 classes of Bertinetto et al. (arXiv 1805.08136); `"fc100"`: the 60, 20
             and 20 of Oreshkin et al. 2018, which share no coarse class; `"shuffled"`: 64, 16 and 20 by `seed`.
         seed: of that shuffle.
+        download: fetch `cifar-100-python.tar.gz` into `root` if there is none of these.
 
     Warns where the archive holds fewer pictures than the published one.
 
     Raises:
         FileNotFoundError, ValueError: the archive is missing, or damaged, or lacks classes; the message says what to
             do.
+        ConnectionError: the download failed.
     """
 
     def __init__(
-        self, root: str | os.PathLike[str], split: str = "train", splits: str = "cifar_fs", seed: int = 0
+        self,
+        root: str | os.PathLike[str],
+        split: str = "train",
+        splits: str = "cifar_fs",
+        seed: int = 0,
+        download: bool = False,
     ) -> None:
         check_split(split)
         check_choice("splits", splits, CIFAR100_SPLITS)
-        data, source = _read(expanded(root), CIFAR100, classes=100)
+        data, source = _read(expanded(root), CIFAR100, 100, download)
         if split != "all" and splits == "shuffled":
             data = data.split_shares(SHUFFLED, seed)[split]
         elif split != "all":
@@ -117,8 +135,11 @@ def cifar100_classes(splits: str) -> dict[str, list[str]]:
     return {part: lists[splits][part] for part in PARTS}
 
 
-def _read(root: Path, forms: Iterable[_Form], classes: int) -> tuple[ClassSamples, Path]:
+def _read(root: Path, forms: Sequence[_Form], classes: int, download: bool) -> tuple[ClassSamples, Path]:
     """All pictures, by class, and what they were read from."""
+    if download and not any((root / name).exists() for form in forms for name in (form.archive, form.folder)):
+        name = forms[-1].archive
+        fetch(f"{URL}/{name}", root / name, SHA256[name])
     source, form = _find(root, forms)
     try:
         contents = _folder(source, form) if source.is_dir() else _archive(source, form)
@@ -141,9 +162,8 @@ def _read(root: Path, forms: Iterable[_Form], classes: int) -> tuple[ClassSample
     return ClassSamples(data.samples, data.first, data.counts, [names[int(label)] for label in data.names]), source
 
 
-def _find(root: Path, forms: Iterable[_Form]) -> tuple[Path, _Form]:
+def _find(root: Path, forms: Sequence[_Form]) -> tuple[Path, _Form]:
     """The first form there is: unpacked before packed, for it is quicker to read."""
-    forms = list(forms)
     for form in forms:
         if any((root / form.folder / name).is_file() for name in form.files):
             return root / form.folder, form
@@ -151,8 +171,8 @@ def _find(root: Path, forms: Iterable[_Form]) -> tuple[Path, _Form]:
         if (root / form.archive).is_file():
             return root / form.archive, form
     raise FileNotFoundError(
-        f"{root / forms[0].archive} is missing, and so are {' and '.join(form.archive for form in forms[1:])} and "
-        f"the folders {' and '.join(form.folder for form in forms)}; root must be the folder with one of them"
+        f"{root / forms[0].archive} is missing, as are {' and '.join(form.archive for form in forms[1:])} and "
+        f"the folders {' and '.join(form.folder for form in forms)}; download=True fetches one"
     )
 
 

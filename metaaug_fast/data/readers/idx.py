@@ -15,9 +15,18 @@ import numpy as np
 from ...checks import check_choice
 from ..cache import expanded
 from ..division import PARTS, check_split, sizes_of_few
+from ..download import fetch
 from ..samples import ClassSamples
 
 SPLITS = ("shuffled", "ordered")
+# Its first address, yann.lecun.com/exdb/mnist, serves no files any more; the digests are those of the files it had.
+URL = "https://ossci-datasets.s3.amazonaws.com/mnist"
+SHA256 = {
+    "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+    "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+    "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+    "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+}
 
 _IMAGES = re.compile(r"(?P<set>.*?)(?P<half>train|t10k|test)?-?images[-.]idx3-ubyte(?:\.gz)?")
 _UNSIGNED_BYTE = 8  # what the third byte of a file calls its type
@@ -39,9 +48,11 @@ class Idx(ClassSamples):
         splits: `"shuffled"`: the classes are shuffled by `seed` before they are divided; `"ordered"`: by their labels.
         prefix: of the files to read, where `root` holds several data sets: `"emnist-balanced-"`.
         seed: of the shuffle.
+        download: fetch the four files of MNIST into `root`, those that are not there.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing, or damaged; the message says what to do.
+        ConnectionError: the download failed.
     """
 
     def __init__(
@@ -51,15 +62,21 @@ class Idx(ClassSamples):
         splits: str = "shuffled",
         prefix: str = "",
         seed: int = 0,
+        download: bool = False,
     ) -> None:
         check_split(split)
         check_choice("splits", splits, SPLITS)
-        pairs = [_read_pair(images, labels) for images, labels in _pairs(expanded(root), prefix)]
+        folder = expanded(root)
+        if download and prefix:
+            raise ValueError(f"download must not be given with prefix: MNIST's files have none (got {prefix!r})")
+        if download:
+            for name, digest in SHA256.items():
+                if not (folder / name.removesuffix(".gz")).exists():
+                    fetch(f"{URL}/{name}", folder / name, digest)
+        pairs = [_read_pair(images, labels) for images, labels in _pairs(folder, prefix)]
         shapes = sorted({images.shape[1:] for images, _ in pairs})
         if len(shapes) > 1:
-            raise ValueError(
-                f"{expanded(root)} holds pictures of several sizes, {shapes}; prefix=... picks one data set"
-            )
+            raise ValueError(f"{folder} holds pictures of several sizes, {shapes}; prefix=... picks one data set")
         images, labels = (np.concatenate(each) for each in zip(*pairs, strict=True))
         data = ClassSamples.from_arrays(images, labels)
         if split != "all":
@@ -82,7 +99,7 @@ def _pairs(root: Path, prefix: str) -> list[tuple[Path, Path]]:
             sets.add(match["set"])
     if not found:
         raise FileNotFoundError(
-            f"{root / f'{prefix}*images-idx3-ubyte'}, gzipped or not, is missing; root must be the files' folder"
+            f"{root / f'{prefix}*images-idx3-ubyte'}, gzipped or not, is missing; download=True fetches MNIST's"
         )
     if len(sets) > 1:
         raise ValueError(f"{root} holds several data sets, {', '.join(sorted(sets))}; prefix=... picks one")

@@ -179,7 +179,7 @@ def test_bad_arguments(root, classes):
 
 def test_missing_archive(tmp_path, classes):
     with pytest.raises(
-        FileNotFoundError, match=rf"cifar-{classes}-binary.tar.gz is missing, .*{PYTHON[classes]}; root"
+        FileNotFoundError, match=rf"cifar-{classes}-binary.tar.gz is missing, .*{PYTHON[classes]}; download=True"
     ):
         READER[classes](tmp_path)
 
