@@ -7,13 +7,14 @@ import io
 import json
 import os
 import pickle
+import struct
 import tarfile
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -280,13 +281,30 @@ _ENCODE = "_codecs.encode"
 _ADMITTED = {*_RECONSTRUCT, *_FROM_BUFFER, _ENCODE, "numpy.ndarray", "numpy.dtype"}
 
 
-class _Unpickler(pickle.Unpickler):
-    """Of lists, dicts, bytes, strings, numbers and arrays; a pickle can make it call nothing else."""
+_InPython: Any = pickle._Unpickler
+
+
+class _Unpickler(_InPython):
+    """Of lists, dicts, bytes, strings, numbers and arrays; a pickle can make it call nothing else.
+
+    The one in Python: that in C takes as much memory as a damaged index or length asks for, and the process dies.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = {**_InPython.dispatch}
 
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" not in _ADMITTED:
             raise pickle.UnpicklingError(f"it names {module}.{name}, and only arrays, lists, dicts and text are read")
         return _Named(f"{module}.{name}")
+
+    def get_extension(self, code: int) -> None:
+        raise pickle.UnpicklingError(f"it names the extension {code}, and only arrays, lists, dicts and text are read")
+
+    def load_bytearray8(self) -> None:
+        (size,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(size)))
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
 
 
 class _Named:
@@ -301,7 +319,7 @@ class _Named:
         if self.name == _ENCODE:
             text, encoding = arguments
             if encoding not in ("latin1", b"latin1"):
-                raise ValueError(f"it has bytes in {encoding!r}")
+                raise ValueError("it has bytes in an encoding other than latin1")
             return text.encode("latin1")
         return _Called(self.name, arguments)
 
@@ -348,7 +366,7 @@ def _array(value: Any) -> np.ndarray:
     if not isinstance(content, (bytes, bytearray)) or not in_rows:
         raise ValueError("its data must be an array in rows")
     if not content or shape != (len(content) // _BYTES, _BYTES) or len(content) % _BYTES:
-        raise ValueError(f"its data must be [N, {_BYTES}] (got {shape} of {len(content)} bytes)")
+        raise ValueError(f"its data must be [N, {_BYTES}] (got {len(content)} bytes)")
     return np.frombuffer(content, np.uint8).reshape(-1, _BYTES)
 
 

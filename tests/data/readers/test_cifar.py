@@ -310,6 +310,22 @@ def test_damaged_pickles(tmp_path, rng):
             Cifar10(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x04Nr\xff\xff\xff\x7f.",  # put into place 2**31 - 1 of the memo
+        b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b"short.",  # a byte array of 2**40 bytes
+        b"\x80\x05\x8e" + (1 << 40).to_bytes(8, "little") + b"short.",  # bytes
+        b"\x80\x04\x95" + (1 << 40).to_bytes(8, "little") + b"N.",  # a frame
+        b"\x80\x02\x82\x01.",  # an extension
+    ],
+)
+def test_pickles_that_ask_for_too_much(tmp_path, content):
+    root = unpacked(tmp_path, PYTHON[10], {"data_batch_1": content})
+    with pytest.raises(ValueError, match=r"data_batch_1 cannot be read \(.+\); put a good copy"):
+        Cifar10(root)
+
+
 @pytest.mark.parametrize("real", ["real_cifar10", "real_cifar100"])
 def test_real_archives(request, real):
     root = request.getfixturevalue(real)
