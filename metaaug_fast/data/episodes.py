@@ -24,8 +24,8 @@ class Episodes(IterableDataset):
     does so and can be resumed. `shard` divides every batch over processes that train together.
 
     Args:
-        dataset: a `TaskSource` (`Glyphs`, `Omniglot`, `Sinusoids`, any `ClassSamples`), or a torch data set with
-            `targets` or `get_labels()`, which is read into memory once.
+        dataset: a `TaskSource` (`Glyphs`, `Omniglot`, `Sinusoids`, any `ClassSamples`), or a data set with labels,
+            which `ClassSamples.from_dataset` reads into memory once.
         ways, shots, queries: see `EpisodeSpec`; ways mean nothing to a regression family.
         tasks: tasks a batch, T.
         seed: any integer; another seed is another sequence.

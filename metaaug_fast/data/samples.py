@@ -80,11 +80,17 @@ class ClassSamples:
         labels: Tensor | np.ndarray | Sequence[Any],
         styles: Sequence[Any] | Tensor | np.ndarray | None = None,
     ) -> ClassSamples:
-        """Group samples `[N, ...]` by their labels `[N]`; classes in sorted order of the labels.
+        """Group samples `[N, ...]` by their labels `[N]`, numbers or text; classes in sorted order of the labels.
 
         `styles` `[N]`, if given, says which style family each sample belongs to.
+
+        Raises:
+            ValueError: labels or styles are missing (None, NaN), of several kinds, or not one for each sample.
         """
         samples = torch.as_tensor(samples)
+        _check_complete("labels", labels)
+        if styles is not None:
+            _check_complete("styles", styles)
         classes, label_of = np.unique(np.asarray(labels), return_inverse=True)
         families, style_of = np.unique(
             np.zeros(len(samples)) if styles is None else np.asarray(styles), return_inverse=True
@@ -105,23 +111,92 @@ class ClassSamples:
         )
 
     @classmethod
-    def from_dataset(cls, dataset: Any) -> ClassSamples:
-        """Read a torch data set of `(sample, label)` pairs, of one shape, into memory once.
+    def from_dataset(cls, dataset: Any, sample: str | None = None, label: str = "label") -> ClassSamples:
+        """Read a map-style data set of samples of one shape into memory once.
 
-        Its labels come from `get_labels()` or `targets`. Samples are tensors, arrays or PIL images (`[H, W]` or
-        `[H, W, C]`).
+        Its labels come from `get_labels()`, `targets` or `labels`, as those of torch and torchvision have them, or from
+        the column `label`, as those of Hugging Face (`features`) have it; classes then go by the names that the column
+        knows. An item is a mapping with the column `sample`, or a tuple that begins with the sample. Samples are
+        tensors, arrays, lists of numbers or PIL images (`[H, W]` or `[H, W, C]`).
+
+        Args:
+            dataset: the data set.
+            sample: a column; None: the first of image, img and text that there is.
+            label: a column.
 
         Raises:
-            TypeError: the data set has neither.
+            TypeError: the data set has no labels, or samples that are no numbers.
+            ValueError: there is no such column, a label is missing, samples have several shapes, or the data set has
+                another length than its labels, or another one when it has been read.
         """
-        get_labels = getattr(dataset, "get_labels", None)
-        labels = get_labels() if callable(get_labels) else getattr(dataset, "targets", None)
-        if labels is None:
-            raise TypeError(
-                f"dataset must have sampler(spec), get_labels() or targets (got {type(dataset).__name__}); "
-                "ClassSamples.from_arrays(samples, labels) takes plain tensors"
+        labels = _labels_of(dataset, label)
+        lengths = {"labels": len(labels)}
+        if has_length := hasattr(dataset, "__len__"):
+            lengths["samples"] = len(dataset)
+        if not len(labels) or len({*lengths.values()}) > 1:
+            counts = " and ".join(f"{count} {name}" for name, count in lengths.items())
+            raise ValueError(f"dataset must have a label for each of one sample or more (got {counts})")
+        _check_complete("labels", labels)
+        samples: list[Tensor] = []
+        for index in range(len(labels)):
+            try:
+                item = dataset[index]
+            except IndexError as error:
+                raise ValueError(
+                    f"dataset must keep its length while it is read (got {len(labels)}, and nothing at {index})"
+                ) from error
+            samples.append(_as_tensor(_sample_of(item, sample)))
+            if samples[-1].shape != samples[0].shape:
+                raise ValueError(
+                    f"samples must have one shape (got {tuple(samples[0].shape)} at 0 and {tuple(samples[-1].shape)} "
+                    f"at {index})"
+                )
+        if has_length and len(dataset) != len(labels):
+            raise ValueError(
+                f"dataset must keep its length while it is read (got {len(labels)}, and {len(dataset)} at the end)"
             )
-        return cls.from_arrays(torch.stack([_as_tensor(dataset[i][0]) for i in range(len(labels))]), labels)
+        return cls.from_arrays(torch.stack(samples), labels)
+
+    @classmethod
+    def from_table(cls, frame: Any, label: str = "label") -> ClassSamples:
+        """Rows of a table, such as a pandas DataFrame or a mapping of columns, as float32 `[features]`.
+
+        Args:
+            frame: its iteration gives the names of its columns, `frame[name]` a column.
+            label: the column of the labels; all others are features.
+
+        Raises:
+            ValueError: there is no such column, none besides it, one of them is not numeric or lacks numbers (all such
+                are named), or a label is missing.
+
+        >>> ClassSamples.from_table({"width": [1, 2, 3, 4], "height": [0.5, 1, 2, 4], "kind": [*"abab"]}, label="kind")
+        ClassSamples(2 classes, 2 to 2 samples each of shape (2,))
+        """
+        names = list(frame)
+        _check_column("label", label, names)
+        names.remove(label)
+        if not names:
+            raise ValueError(f"frame must have a column besides {label!r} (got none)")
+        _check_complete("labels", frame[label])
+        labels = np.asarray(frame[label])
+        if not len(labels):
+            raise ValueError("frame must have rows (got none)")
+        columns = {name: np.asarray(frame[name]) for name in names}
+        for name, values in columns.items():
+            if values.shape != labels.shape:
+                raise ValueError(
+                    f"frame must have columns of one length (got {labels.shape} for {label!r}, {values.shape} for "
+                    f"{name!r})"
+                )
+        if others := [name for name, values in columns.items() if values.dtype.kind not in "biuf"]:
+            raise ValueError(f"features must be numbers (got columns {', '.join(map(repr, others))} of other things)")
+        with np.errstate(over="ignore"):
+            samples = np.stack([*columns.values()], axis=1, dtype=np.float32, casting="unsafe")
+        if others := [name for index, name in enumerate(names) if not np.isfinite(samples[:, index]).all()]:
+            raise ValueError(
+                f"features must be finite numbers of float32 (got columns {', '.join(map(repr, others))} with others)"
+            )
+        return cls.from_arrays(samples, labels)
 
     def __len__(self) -> int:
         """The number of classes."""
@@ -307,9 +382,74 @@ def part_of(data: ClassSamples, split: str, seed: int) -> ClassSamples:
     return part
 
 
+def _labels_of(dataset: Any, label: str) -> Any:
+    """The labels of a data set; of a column that knows their names, these."""
+    get_labels = getattr(dataset, "get_labels", None)
+    if callable(get_labels):
+        return get_labels()
+    for name in ("targets", "labels"):
+        if (labels := getattr(dataset, name, None)) is not None:
+            return labels
+    columns = getattr(dataset, "features", None)
+    if not isinstance(columns, Mapping):
+        raise TypeError(
+            "dataset must have sampler(spec), get_labels(), targets, labels, or features with a column of labels "
+            f"(got {type(dataset).__name__}); ClassSamples.from_arrays(samples, labels) takes plain tensors"
+        )
+    _check_column("label", label, columns)
+    labels = list(dataset[label])
+    if names := getattr(columns[label], "names", None):
+        if wrong := [each for each in labels if each is not None and not 0 <= each < len(names)]:
+            raise ValueError(f"labels must be 0 to {len(names) - 1}, for which there are names (got {wrong[0]})")
+        labels = [None if each is None else names[each] for each in labels]
+    return labels
+
+
+def _sample_of(item: Any, sample: str | None) -> Any:
+    """The sample of an item: the named column, or what a tuple begins with."""
+    if not isinstance(item, Mapping):
+        return item[0]
+    if sample is None:
+        sample = next((name for name in ("image", "img", "text") if name in item), None)
+    _check_column("sample", sample, item)
+    return item[sample]
+
+
+def _check_column(name: str, value: Any, columns: Iterable[Any]) -> None:
+    columns = list(columns)
+    if columns.count(value) != 1:
+        raise ValueError(f"{name} must be one of the columns {', '.join(map(str, columns))} (got {value!r})")
+
+
+def _check_complete(name: str, labels: Any) -> None:
+    """ValueError where one is None or NaN, or text among numbers: NumPy would make `nan` and `1` of them, in text."""
+    array = np.array(labels, dtype=object) if isinstance(labels, (list, tuple)) else np.asarray(labels)
+    if array.dtype.kind not in "Of":
+        return
+    values = array.ravel().tolist()
+    if missing := [index for index, each in enumerate(values) if _is_missing(each)]:
+        raise ValueError(
+            f"{name} must not be missing (got {values[missing[0]]} at {missing[0]}; {len(missing)} of {len(values)})"
+        )
+    texts = sum(isinstance(each, str) for each in values)
+    if 0 < texts < len(values):
+        raise ValueError(f"{name} must be all text or all numbers (got {texts} and {len(values) - texts})")
+
+
+def _is_missing(label: Any) -> bool:
+    """None, NaN, or what pandas has for them."""
+    missing = label is None or type(label).__name__ in ("NAType", "NaTType")
+    return missing or (isinstance(label, (float, np.floating)) and bool(np.isnan(label)))
+
+
 def _as_tensor(sample: Any) -> Tensor:
     """A tensor `[C, H, W]` or `[H, W]` of a tensor, or of a PIL image or array `[H, W]` or `[H, W, C]`."""
     if isinstance(sample, Tensor):
         return sample
-    array = torch.from_numpy(np.array(sample))
-    return array.permute(2, 0, 1) if array.ndim == 3 else array
+    array = np.array(sample)
+    if array.dtype.kind not in "biuf":
+        raise TypeError(
+            f"samples must be numbers (got {type(sample).__name__} {str(sample)[:40]!r}); data.Text reads sentences"
+        )
+    tensor = torch.from_numpy(array)
+    return tensor.permute(2, 0, 1) if tensor.ndim == 3 else tensor

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -118,8 +120,186 @@ def test_from_dataset_of_tensors_and_pictures(rng):
         assert (data.samples[:, 0].numpy() == grey).all()
 
 
+def test_from_dataset_with_labels_as_svhn_has_them(rng):
+    images, labels = rng.random((9, 2, 3)).astype(np.float32), rng.permutation(np.arange(9) % 3)
+
+    class Labelled(list):
+        pass
+
+    dataset = Labelled(zip(images, labels, strict=True))
+    dataset.labels = labels
+    data = ClassSamples.from_dataset(dataset)
+    assert data.names == ("0", "1", "2")
+    assert (data.class_samples(2).numpy() == images[labels == 2]).all()
+
+
+class Columns:
+    """A data set as those of Hugging Face: columns by their names, rows as mappings by their numbers."""
+
+    def __init__(self, columns, names=None):
+        self.columns = columns
+        self.features = {name: SimpleNamespace(names=names if name == "label" else None) for name in columns}
+
+    def __len__(self):
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, key):
+        if isinstance(key, str):
+            return self.columns[key]
+        return {name: values[key] for name, values in self.columns.items()}
+
+
+@pytest.mark.parametrize("column", ["image", "img", "text", "tokens"])
+@pytest.mark.parametrize("names", [None, ["zebra", "ant", "cat"]])
+def test_from_dataset_with_columns(rng, column, names):
+    samples, labels = rng.integers(0, 99, (10, 4)), rng.permutation(np.arange(10) % 3).tolist()
+    columns = {"id": list(range(10)), column: samples.tolist(), "label": labels}
+    data = ClassSamples.from_dataset(Columns(columns, names), **({"sample": column} if column == "tokens" else {}))
+    assert data.samples.dtype == torch.int64
+    assert data.names == (tuple(sorted(names)) if names else ("0", "1", "2"))
+    of_class = names.index(data.names[0]) if names else 0
+    assert (data.class_samples(0).numpy() == samples[np.asarray(labels) == of_class]).all()
+
+
+def test_from_dataset_with_pictures_and_a_column_of_another_name(rng):
+    from PIL import Image
+
+    pixels = rng.integers(0, 256, (6, 4, 5, 3), dtype=np.uint8)
+    columns = {"image": [*map(Image.fromarray, pixels)], "fine": [*"abcabc"], "label": [0] * 6}
+    data = ClassSamples.from_dataset(Columns(columns), label="fine")
+    assert data.names == ("a", "b", "c")
+    assert (data.class_samples(1).numpy() == pixels[[1, 4]].transpose(0, 3, 1, 2)).all()
+
+
+def test_datasets_without_the_columns(rng):
+    columns = {"id": [0, 1], "picture": rng.random((2, 3)), "label": [0, 1]}
+    with pytest.raises(ValueError, match=r"sample must be one of the columns id, picture, label \(got None\)"):
+        ClassSamples.from_dataset(Columns(columns))
+    with pytest.raises(ValueError, match=r"sample must be one of the columns id, picture, label \(got 'pixels'\)"):
+        ClassSamples.from_dataset(Columns(columns), "pixels")
+    with pytest.raises(ValueError, match=r"label must be one of the columns id, picture, label \(got 'kind'\)"):
+        ClassSamples.from_dataset(Columns(columns), "picture", "kind")
+    with pytest.raises(ValueError, match=r"labels must be 0 to 1, for which there are names \(got -1\)"):
+        ClassSamples.from_dataset(Columns(columns | {"label": [0, -1]}, ["a", "b"]), "picture")
+    with pytest.raises(TypeError, match=r"samples must be numbers \(got str 'hello'\); data.Text reads sentences"):
+        ClassSamples.from_dataset(Columns({"text": ["hello", "bye"], "label": [0, 1]}))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1, None, 1], r"\(got None at 2; 1 of 4\)"),
+        (["a", float("nan"), "b", None], r"\(got nan at 1; 2 of 4\)"),
+        (np.array([0, 1, 1, np.nan], dtype=np.float32), r"\(got nan at 3; 1 of 4\)"),
+        (torch.tensor([0, np.nan, 1, 1]), r"\(got nan at 1; 1 of 4\)"),
+        (np.array(["a", "b", None, "a"], dtype=object), r"\(got None at 2; 1 of 4\)"),
+        ([np.float32("nan"), 1.0, 2.0, 1.0], r"\(got nan at 0; 1 of 4\)"),
+    ],
+)
+def test_labels_that_are_missing(labels, message):
+    with pytest.raises(ValueError, match=f"labels must not be missing {message}"):
+        ClassSamples.from_arrays(torch.zeros(4, 2), labels)
+    with pytest.raises(ValueError, match=f"styles must not be missing {message}"):
+        ClassSamples.from_arrays(torch.zeros(4, 2), [0, 1, 0, 1], labels)
+    with pytest.raises(ValueError, match=f"labels must not be missing {message}"):
+        ClassSamples.from_dataset(Folder(np.zeros((4, 2)), labels, True))
+    with pytest.raises(ValueError, match=f"labels must not be missing {message}"):
+        ClassSamples.from_table({"x": [1, 2, 3, 4], "label": labels})
+
+
+def test_labels_of_two_kinds():
+    with pytest.raises(ValueError, match=r"labels must be all text or all numbers \(got 1 and 3\)"):
+        ClassSamples.from_arrays(torch.zeros(4, 2), [0, "1", 1, 1])
+
+
+class Changing(list):
+    """A data set that loses its last item, or gets another one, when the second is read."""
+
+    targets = (0, 1, 0, 1)
+    change = staticmethod(list.pop)
+
+    def __getitem__(self, index):
+        if index == 1:
+            self.change(self)
+        return super().__getitem__(index)
+
+
+def test_a_data_set_that_changes_while_it_is_read():
+    items = [(torch.zeros(2), 0)] * 4
+    with pytest.raises(ValueError, match=r"must keep its length while it is read \(got 4, and nothing at 3\)"):
+        ClassSamples.from_dataset(Changing(items))
+    growing = Changing(items)
+    growing.change = lambda dataset: dataset.append(items[0])
+    with pytest.raises(ValueError, match=r"must keep its length while it is read \(got 4, and 5 at the end\)"):
+        ClassSamples.from_dataset(growing)
+    with pytest.raises(ValueError, match=r"a label for each of one sample or more \(got 4 labels and 3 samples\)"):
+        ClassSamples.from_dataset(Changing(items[1:]))
+
+
+def test_data_sets_that_are_no_samples():
+    with pytest.raises(ValueError, match=r"one sample or more \(got 0 labels\)"):
+        ClassSamples.from_dataset(Folder([], [], True))
+    images = [torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(4, 3)]
+    with pytest.raises(ValueError, match=r"samples must have one shape \(got \(3, 4\) at 0 and \(4, 3\) at 2\)"):
+        ClassSamples.from_dataset(Folder(images, [0, 1, 0], True))
+
+
+def table(rng, rows=12):
+    """Columns of several types, and species."""
+    species = rng.permutation([*"abc"] * (rows // 3)).tolist()
+    return {
+        "width": rng.random(rows),
+        "species": species,
+        "count": rng.integers(0, 9, rows),
+        "grown": rng.random(rows) < 0.5,
+        "height": rng.random(rows).astype(np.float32),
+    }
+
+
+def check_table(frame, columns):
+    data = ClassSamples.from_table(frame, label="species")
+    assert data.names == ("a", "b", "c")
+    assert data.samples.dtype == torch.float32
+    features = np.stack([columns[name] for name in ("width", "count", "grown", "height")], 1).astype(np.float32)
+    for index, name in enumerate("abc"):
+        assert (data.class_samples(index).numpy() == features[np.array(columns["species"]) == name]).all()
+
+
+def test_from_table(rng):
+    columns = table(rng)
+    check_table(columns, columns)
+
+
+def test_from_a_data_frame(rng):
+    pandas = pytest.importorskip("pandas")
+    columns = table(rng)
+    frame = pandas.DataFrame(columns).sample(frac=1)
+    check_table(frame, {name: frame[name].to_numpy() for name in columns})
+
+
+def test_tables_that_are_none(rng):
+    columns = table(rng)
+    with pytest.raises(ValueError, match=r"columns width, species, count, grown, height \(got 'label'\)"):
+        ClassSamples.from_table(columns)
+    with pytest.raises(ValueError, match=r"frame must have a column besides 'species' \(got none\)"):
+        ClassSamples.from_table({"species": [*"ab"]}, "species")
+    with pytest.raises(ValueError, match=r"frame must have rows \(got none\)"):
+        ClassSamples.from_table({"species": [], "x": []}, "species")
+    place, day = [*"xyz"] * 4, np.arange(12).astype("datetime64[D]")
+    with pytest.raises(ValueError, match=r"features must be numbers \(got columns 'place', 'day' of other things\)"):
+        ClassSamples.from_table(columns | {"place": place, "day": day}, "species")
+    with pytest.raises(ValueError, match=r"one length \(got \(12,\) for 'species', \(11,\) for 'x'\)"):
+        ClassSamples.from_table(columns | {"x": np.zeros(11)}, "species")
+    for value in (np.nan, np.inf, 1e300):
+        columns["width"][rng.integers(12)] = value
+        with pytest.raises(ValueError, match=r"must be finite numbers of float32 \(got columns 'width' with others\)"):
+            ClassSamples.from_table(columns, "species")
+
+
 def test_errors(rng):
-    with pytest.raises(TypeError, match=r"dataset must have sampler\(spec\), get_labels\(\) or targets \(got list\)"):
+    with pytest.raises(
+        TypeError, match=r"dataset must have sampler\(spec\), get_labels\(\), targets, labels, .*got list\)"
+    ):
         ClassSamples.from_dataset([])
     with pytest.raises(ValueError, match="labels must have one entry for each of 4 samples"):
         ClassSamples.from_arrays(torch.zeros(4, 2), [0, 1])
