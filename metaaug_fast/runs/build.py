@@ -12,14 +12,13 @@ import torch
 from torch import nn
 
 from ..data import ClassSamples, Episodes, TaskSource
+from ..data.samples import SHARES
 from ..learners.base import Learner
 from .config import Config, Part
 from .fields import as_declared, parameters_of
 from .registry import DATA, LEARNERS, MODELS, find_data, find_learner, find_model, is_data
 
 SPLITS = ("train", "validation", "test")
-SHARES = {"train": 64, "validation": 16, "test": 20}
-"""Of the classes of a data set that has no splits of its own."""
 
 
 def make_sources(
