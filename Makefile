@@ -23,7 +23,7 @@ SOURCES := $(wildcard setup.py pyproject.toml) $(filter csrc/%,$(NATIVE))
 help:
 	@echo "make install   build the extension and install the package into $(VENV), editable"
 	@echo "make demo      train on Glyphs, then evaluate and draw: demo/*.png and a checkpoint"
-	@echo "make check     formatters, linters, types, quick tests: 90 s on two cores once built"
+	@echo "make check     formatters, linters, types, quick tests: 100 s on two cores once built"
 	@echo "make test      that, native sanitizers, the GPU engine in an emulation, slow tests, and nvcc where it is"
 	@echo "make test-oldest  the tests of make check with torch $(OLDEST_TORCH) and $(OLDEST_PYTHON), in $(VENV)-oldest"
 	@echo "make test-emulation  the GPU engine on the host by every test of the fused engine, of which make test takes a sample"

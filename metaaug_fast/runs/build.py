@@ -48,7 +48,7 @@ def make_sources(
             source = DATA.tried(part.name, lambda: found(**given), "made")
         if not is_data(source):
             raise ValueError(
-                f"data {part.name!r} must be, or make, a TaskSource or a data set with targets or get_labels() "
+                f"data {part.name!r} must be, or make, a TaskSource or a data set with labels "
                 f"(got {type(source).__name__})"
             )
         if not isinstance(source, TaskSource):

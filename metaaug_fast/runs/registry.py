@@ -101,6 +101,7 @@ class Registry:
             )
 
 
+_LABELLED = ("targets", "get_labels", "labels", "features")
 LEARNERS = Registry("learner", OUR_LEARNERS, "metaaug_fast.learners")
 MODELS = Registry("model", OUR_MODELS, "metaaug_fast.models")
 DATA = Registry("data", READERS, "metaaug_fast.data")
@@ -126,18 +127,15 @@ def find_data(name: str, allow: Collection[str] | None = None) -> Any:
     """A source of tasks, a data set, or what makes one; ValueError as `Registry.find`, or if it is something else."""
     found = DATA.find(name, allow)
     if not (callable(found) or is_data(found)):
-        raise ValueError(
-            f"data {name!r} must be, or make, a TaskSource or a data set with targets or get_labels() "
-            f"(got {_kind(found)})"
-        )
+        raise ValueError(f"data {name!r} must be, or make, a TaskSource or a data set with labels (got {_kind(found)})")
     return found
 
 
 def is_data(found: Any) -> bool:
-    """Whether it is what tasks are drawn from, rather than what makes that."""
+    """Whether it is what tasks are drawn from, rather than what makes that; see `ClassSamples.from_dataset`."""
     if isinstance(found, type):
         return False
-    return isinstance(found, TaskSource) or any(hasattr(found, name) for name in ("targets", "get_labels"))
+    return isinstance(found, TaskSource) or any(hasattr(found, name) for name in _LABELLED)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

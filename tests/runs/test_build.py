@@ -62,6 +62,15 @@ class Labelled:
     def __getitem__(self, index):
         return self.images[index], self.labels[index]
 
+class OnlyLabels:
+    def __init__(self):
+        self.images, self.labels = arrays()
+    def __len__(self):
+        return len(self.labels)
+    def __getitem__(self, index):
+        return self.images[index], self.labels[index]
+
+only_labels = OnlyLabels()
 dataset = Dataset()
 
 class Family(Sinusoids): pass
@@ -158,7 +167,9 @@ def test_weights_follow_the_seed():
     assert not torch.equal(one.model.head.weight, other.model.head.weight)
 
 
-@pytest.mark.parametrize("name", ["own:Whole", "own:made", "own:ready", "own:Dataset", "own:Labelled", "own:dataset"])
+@pytest.mark.parametrize(
+    "name", ["own:Whole", "own:made", "own:ready", "own:Dataset", "own:Labelled", "own:dataset", "own:only_labels"]
+)
 def test_data_without_splits_are_made_once_and_cut(own, name):
     find_data(name)
     before = len(calls())
@@ -192,7 +203,7 @@ def test_what_may_be_fetched_is_told_so(own):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("own:number", r"data 'own:number' must be, or make, a TaskSource or a data set with targets .* \(got int\)"),
+        ("own:number", r"data 'own:number' must be, or make, a TaskSource or a data set with labels \(got int\)"),
         ("own:raises", r"data 'own:raises' cannot be made \(KeyError: 'k'\)"),
         ("own:exits", r"data 'own:exits' cannot be made \(SystemExit: 3\)"),
         ("own:Ragged", r"data 'own:Ragged' cannot be read \(ValueError: samples must have one shape"),
