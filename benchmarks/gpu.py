@@ -27,7 +27,7 @@ import metaaug_fast as mf
 from metaaug_fast.bench.operations import count
 from metaaug_fast.bench.rivals import OURS, RIVALS
 from metaaug_fast.bench.workloads import WORKLOADS, Workload
-from metaaug_fast.runs.build import fitted, make_episodes, make_learner, make_source
+from metaaug_fast.runs.build import fitted, make_episodes, make_learner, make_sources
 from metaaug_fast.runs.config import configure
 
 NAMES = (
@@ -220,8 +220,8 @@ def longest_gap(workload: Workload) -> float:
 def recipe(root: Path, steps: int = 500) -> float:
     """Milliseconds a meta-step of the paper's recipe, measured over steps that nothing waits in."""
     config = configure(mf.runs.recipe("maml-omniglot"), ["--root", str(root)])
-    source = make_source(config.data, "train", device="cuda")
-    learner = make_learner(fitted(config, source), "cuda")
+    source = make_sources(config.data, ["train"], device="cuda")["train"]
+    learner = make_learner(fitted(config, source.sample_shape, None), "cuda")
     episodes, optimizers = make_episodes(config, "train", source), learner.optimizers(config.training.meta_lr)
     started = 0.0
     for done in range(steps + 50):
