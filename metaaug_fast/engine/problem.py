@@ -24,7 +24,7 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 # A scalar, a [K] tensor, or a mapping from parameter names to a scalar, a tensor of the parameter's shape, or
 # either of these with a leading dimension K.
-LearningRate = float | Tensor | Sequence[float] | Mapping[str, "float | Tensor"]
+LearningRate = float | Tensor | Sequence[float] | Mapping[str, float | Tensor]
 
 
 @dataclass(frozen=True)
