@@ -21,6 +21,7 @@ import metaaug_fast as mf
 from metaaug_fast.engine import reference
 from metaaug_fast.engine.problem import InnerProblem, Query, Support, inner_problem
 from metaaug_fast.errors import NonFiniteError, NotFusedError
+from metaaug_fast.tasks import class_ids
 from tests.building import VIEWS
 from tests.exactness import errors, gradients, leaves
 
@@ -230,6 +231,7 @@ def specified(case: Case, rename: Callable[[str], str] = str) -> dict[str, Tenso
     """The same by the reference."""
     rest, support, query = case.split()
     support, query = (replace(each, **{name: usable(x) for name, x in vars(each).items()}) for each in (support, query))
+    support, query = (replace(each, y=class_ids(each.y)) for each in (support, query))
     problem = inner_problem(case.model, **{rename(name): value for name, value in rest.items()})
     out = reference.meta_loss(problem, support, query)
     return collect(problem, out, reference.adapt(problem, support), support, query)
