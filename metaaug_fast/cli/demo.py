@@ -13,10 +13,11 @@ import torch
 
 from ..bench.rivals import RIVALS, Call
 from ..bench.workloads import Workload
+from ..data.division import PARTS
 from ..files import try_writing, write_json
 from ..learners.maml import MAML
 from ..report.plots import plot_episode, plot_learning_curve
-from ..runs.build import SPLITS, fitted, make_episodes, make_learner, make_sources
+from ..runs.build import fitted, make_episodes, make_learner, make_sources
 from ..runs.config import configure, recipe
 from ..runs.evaluation import Evaluation, evaluate
 from ..runs.training import train
@@ -53,7 +54,7 @@ def demo(out: str | Path, steps: int = 300, progress: bool = True) -> None:
     config = fitted(config, sources["train"].sample_shape, None)
     learner = make_learner(config)
     assert isinstance(learner, MAML)
-    training, validation, test = (make_episodes(config, split, sources[split]) for split in SPLITS)
+    training, validation, test = (make_episodes(config, split, sources[split]) for split in PARTS)
     other_styles = replace(config, sampling=replace(config.sampling, split_styles=True))
     harder = make_episodes(other_styles, "test", sources["test"])
     print(f"{config.in_words(regression=False)}")

@@ -8,12 +8,29 @@ from ..checks import check_choice
 from .samples import ClassSamples
 
 PARTS = ("train", "validation", "test")
+SHARES = {"train": 64, "validation": 16, "test": 20}
+"""Of the classes of a data set that is not divided."""
 _FEWEST = 2  # classes of a part: of one alone there is nothing to tell apart
 
 
 def check_split(split: str) -> None:
     """ValueError unless it is a part, or all of them."""
     check_choice("split", split, (*PARTS, "all"))
+
+
+def part_of(data: ClassSamples, split: str, seed: int) -> ClassSamples:
+    """A part of data that are not divided: classes by `SHARES`, shuffled by the seed; `"all"` is the whole.
+
+    Raises:
+        ValueError: the classes are so few that none falls to this part.
+    """
+    part = data if split == "all" else data.split_shares(SHARES, seed)[split]
+    if not len(part):
+        shares = " : ".join(map(str, SHARES.values()))
+        raise ValueError(
+            f"split must have classes: of {len(data)}, divided {shares}, none is for {split} (got {split!r})"
+        )
+    return part
 
 
 def sizes_of_few(classes: int) -> dict[str, int]:

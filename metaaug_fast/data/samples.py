@@ -15,8 +15,6 @@ from .draws import Draws, shuffled
 from .source import EpisodeSpec, Sampler
 
 MAX_STYLES = 12
-SHARES = {"train": 64, "validation": 16, "test": 20}
-"""Of the classes of a data set that is not divided."""
 _DTYPES = (torch.uint8, torch.float32, torch.float64, torch.int64)
 
 
@@ -365,21 +363,6 @@ class ClassSamples:
             return picked.view(shape)
         scaled = picked.to(dtype).div_(255) if picked.dtype == torch.uint8 else picked.to(dtype)
         return scaled.view(shape)
-
-
-def part_of(data: ClassSamples, split: str, seed: int) -> ClassSamples:
-    """A part of data that are not divided: classes by `SHARES`, shuffled by the seed; `"all"` is the whole.
-
-    Raises:
-        ValueError: the classes are so few that none falls to this part.
-    """
-    part = data if split == "all" else data.split_shares(SHARES, seed)[split]
-    if not len(part):
-        shares = " : ".join(map(str, SHARES.values()))
-        raise ValueError(
-            f"split must have classes: of {len(data)}, divided {shares}, none is for {split} (got {split!r})"
-        )
-    return part
 
 
 def _labels_of(dataset: Any, label: str) -> Any:

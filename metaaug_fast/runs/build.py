@@ -12,18 +12,16 @@ import torch
 from torch import nn
 
 from ..data import ClassSamples, Episodes, TaskSource
-from ..data.samples import SHARES
+from ..data.division import PARTS, SHARES
 from ..learners.base import Learner
 from .config import Config, Part
 from .fields import as_declared, parameters_of
 from .registry import DATA, LEARNERS, MODELS, find_data, find_learner, find_model, is_data
 
-SPLITS = ("train", "validation", "test")
-
 
 def make_sources(
     part: Part,
-    splits: Sequence[str] = SPLITS,
+    splits: Sequence[str] = PARTS,
     *,
     download: bool = False,
     device: torch.device | str = "cpu",
@@ -79,7 +77,7 @@ def make_episodes(config: Config, split: str, source: TaskSource) -> Episodes:
         shots=(training and sampling.train_shots) or sampling.shots,
         queries=(training and sampling.train_queries) or sampling.queries,
         tasks=sampling.tasks,
-        seed=config.training.seed if training else -SPLITS.index(split),
+        seed=config.training.seed if training else -PARTS.index(split),
         split_styles=sampling.split_styles,
     )
 

@@ -13,11 +13,11 @@ import torch
 
 from .. import files
 from ..data import Episodes
+from ..data.division import PARTS
 from ..errors import CheckpointError
 from ..learners.base import Learner
 from . import checkpoint as checkpoints
 from .build import (
-    SPLITS,
     check_train_ways,
     fitted,
     make_episodes,
@@ -89,7 +89,7 @@ def run(
         torch.manual_seed(config.training.seed)  # of every device, for what is random in training
         learner = make_learner(config, device, allow)
         check_test_steps(config, learner)
-        training, validation, test = (make_episodes(config, split, sources[split]) for split in SPLITS)
+        training, validation, test = (make_episodes(config, split, sources[split]) for split in PARTS)
         settings = config.training
         if before is not None:  # of a run that has gone further than asked, the truth
             config = replace(config, training=replace(settings, steps=max(settings.steps, before.step)))

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from metaaug_fast.data import ClassSamples, Sinusoids
+from metaaug_fast.data.division import PARTS
 from metaaug_fast.runs import configure, recipe, recipes
 from metaaug_fast.runs.build import (
-    SPLITS,
     fitted,
     make_episodes,
     make_learner,
@@ -130,7 +130,7 @@ def learner_of(config, allow=None):
 def test_the_data_hold_enough_for_every_split(name):
     run = run_of(name, "--tasks", "2")
     sources = make_sources(run.data)
-    for split in SPLITS:
+    for split in PARTS:
         batch = make_episodes(run, split, sources[split]).batch(0)
         assert batch.tasks == 2
         if run.data.name == "glyphs":
@@ -145,7 +145,7 @@ def test_splits_share_no_class_and_tests_do_not_follow_the_seed():
     assert not names["train"] & names["test"]
     assert not names["validation"] & names["test"]
     first, second = (
-        {split: make_episodes(run, split, Sinusoids()).batch(0) for split in SPLITS}
+        {split: make_episodes(run, split, Sinusoids()).batch(0) for split in PARTS}
         for run in (run_of("maml-sinusoid", "--seed", seed) for seed in "01")
     )
     assert not torch.equal(first["train"].support_x, second["train"].support_x)
@@ -175,14 +175,14 @@ def test_data_without_splits_are_made_once_and_cut(own, name):
     before = len(calls())
     sources = make_sources(Part(name, {}))
     assert len(calls()) <= before + 1
-    assert [len(sources[split]) for split in SPLITS] == [32, 8, 10]
+    assert [len(sources[split]) for split in PARTS] == [32, 8, 10]
     assert len({name for source in sources.values() for name in source.names}) == 50
     assert make_sources(Part(name, {}), ["test"])["test"].names == sources["test"].names
 
 
 def test_data_with_splits_of_their_own(own):
     sources = make_sources(Part("own:Split", {"size": 3}))
-    assert calls()[-3:] == list(SPLITS)
+    assert calls()[-3:] == list(PARTS)
     assert all(source.names[0].startswith(split) for split, source in sources.items())
     assert sources["test"].sample_shape == (3, 3)
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from ...checks import check_choice
 from ..cache import expanded
-from ..division import PARTS, check_split, named_classes, sizes_of_few
+from ..division import PARTS, SHARES, check_split, named_classes, sizes_of_few
 from ..download import fetch
 from ..samples import ClassSamples
 
@@ -35,8 +35,6 @@ PICTURES = 60_000
 
 SHAPE = (3, 32, 32)
 CIFAR100_SPLITS = ("cifar_fs", "fc100", "shuffled")
-# That of CIFAR-FS.
-SHUFFLED = {"train": 64, "validation": 16, "test": 20}
 
 _BYTES = 3 * 32 * 32
 _LARGEST = 1 << 28  # the largest published file has 155 MB
@@ -120,7 +118,7 @@ class Cifar100(ClassSamples):
         check_choice("splits", splits, CIFAR100_SPLITS)
         data, source = _read(expanded(root), CIFAR100, 100, download)
         if split != "all" and splits == "shuffled":
-            data = data.split_shares(SHUFFLED, seed)[split]
+            data = data.split_shares(SHARES, seed)[split]
         elif split != "all":
             data = named_classes(data, cifar100_classes(splits)[split], splits, str(source))
         super().__init__(data.samples, data.first, data.counts, data.names)

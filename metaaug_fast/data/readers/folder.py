@@ -18,7 +18,8 @@ from PIL import Image, ImageOps
 
 from ...checks import check_choice, check_integer
 from ..cache import Arrays, cached_arrays, expanded, file_digest
-from ..samples import SHARES, ClassSamples, part_of
+from ..division import check_split, part_of
+from ..samples import ClassSamples
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 """Of the files that are read, in small or capital letters."""
@@ -92,7 +93,7 @@ class Folder(ClassSamples):
         seed: int = 0,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
-        check_choice("split", split, (*SHARES, "all"))
+        check_split(split)
         check_choice("damaged", damaged, ("refuse", "skip"))
         check_integer("seed", seed)
         if size is not None:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, features
 
 from ..cache import Arrays, cached_arrays, file_digest
+from ..division import check_split
 from ..samples import ClassSamples
 
 # The families that `split_styles` divides. The other fonts of matplotlib hold symbols, or a box for every code point;
@@ -66,8 +67,7 @@ class Glyphs(ClassSamples):
         seed: int = 0,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
-        if split not in (*SPLIT, "all"):
-            raise ValueError(f"split must be one of {', '.join(SPLIT)}, all (got {split!r})")
+        check_split(split)
         if size < 8:
             raise ValueError(f"size must be >= 8 (got {size})")
         fonts = _font_files()

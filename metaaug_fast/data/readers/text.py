@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...checks import check_choice, check_integer
+from ...checks import check_integer
 from ..cache import expanded
-from ..samples import SHARES, ClassSamples, part_of
+from ..division import check_split, part_of
+from ..samples import ClassSamples
 
 CLINC150 = "data_full.json"
 """The file that is read where `root` is a folder."""
@@ -74,7 +75,7 @@ class Text(ClassSamples):
         label: str = "label",
         seed: int = 0,
     ) -> None:
-        check_choice("split", split, (*SHARES, "all"))
+        check_split(split)
         check_integer("length", length, low=1)
         check_integer("seed", seed)
         if not callable(tokenizer) and tokenizer != "words":
