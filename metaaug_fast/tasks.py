@@ -215,6 +215,14 @@ def check_tensor(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a dense tensor, neither sparse, nested nor quantised (got {kind})")
 
 
+def check_inputs_of(tasks: int, x: object) -> None:
+    """Raise TypeError or ValueError unless `x` is `[T, N, ...]` for so many tasks."""
+    check_tensor("x", x)
+    assert isinstance(x, Tensor)
+    if x.ndim < 2 or len(x) != tasks or not x.shape[1]:
+        raise ValueError(f"x must be [{tasks}, samples, ...] with samples > 0 (got shape {tuple(x.shape)})")
+
+
 def check_samples(name: str, x: Tensor, y: Tensor, tasks: int | None = None) -> None:
     """Raise TypeError or ValueError unless `x` is `[T, N, ...]` and `y` its `[T, N, ...]` targets.
 

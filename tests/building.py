@@ -104,6 +104,17 @@ def parts(seed=0, dropout=0.0, kind="maml", optimizer=lambda parameters: torch.o
     return learner, episodes, {"optimizer": made, "scheduler": torch.optim.lr_scheduler.ExponentialLR(made, 0.9)}
 
 
+def same(one, other) -> bool:
+    """Whether two states are equal, bit for bit."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
 def assert_same(one, other):
     ours, theirs = one.state_dict(), other.state_dict()
     assert list(ours) == list(theirs)

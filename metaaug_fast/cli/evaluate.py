@@ -18,6 +18,7 @@ from ..report.plots import plot_episode, plot_sinusoid
 from ..runs import checkpoint as checkpoints
 from ..runs.build import check_ways, make_episodes, make_sources, target_shape_of
 from ..runs.config import Config, configure
+from ..runs.evaluation import device_of
 from ..runs.experiment import beside, check_test_steps, judge, write_report
 from ..runs.load import configuration, load
 from ..runs.registry import find_data
@@ -127,7 +128,7 @@ def _plot(config: Config, learner: Learner, source: Any, steps: int | None, path
     if regression:
         config = replace(config, sampling=replace(config.sampling, queries=200))
     tasks = make_episodes(config, "test", source).batch(0)
-    there = tasks.to(next(learner.parameters()).device)
+    there = tasks.to(device_of(learner))
     wanted = sorted({0, 1, steps}) if regression and steps is not None else [steps]
     curves = {}
     for number in wanted:

@@ -64,6 +64,9 @@ def choose_executor(
 
     A model counts as another when a part of it is replaced. What else its `forward` reads must stay as it was.
 
+    Args:
+        ids: samples are token ids, for which the fallback runs.
+
     Raises:
         ValueError: `backend` is none of `BACKENDS`, or the model does not accept such samples.
         NotFusedError: `backend="fused"`, and the model, loss or device cannot be fused.

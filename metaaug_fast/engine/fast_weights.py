@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ..tasks import MetaOutput, check_samples, check_tensor, class_ids, usable
+from ..tasks import MetaOutput, check_inputs_of, check_samples, check_tensor, class_ids, usable
 from .exclusive import ONE_AT_A_TIME
 from .executor import choose_executor
 from .losses import check_targets, judge
@@ -50,9 +50,7 @@ class FastWeights:
             TypeError: `x` is no tensor.
             ValueError: `x` does not hold samples for T tasks, or has another dtype or device than the model.
         """
-        check_tensor("x", x)
-        if x.ndim < 2 or len(x) != len(self) or not x.shape[1]:
-            raise ValueError(f"x must be [{len(self)}, samples, ...] with samples > 0 (got shape {tuple(x.shape)})")
+        check_inputs_of(len(self), x)
         check_inputs(self.problem, "x", x)
         executor = choose_executor(self.problem, x.shape[2:], self._backend, ids=x.dtype == torch.int64)
         return executor.predict(self.problem, usable(self.flat), usable(x))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -260,7 +259,7 @@ def _resumed(trial: _Trial) -> None:
     """Stopped after two meta-steps, stored, loaded into another learner and gone on: the same bits."""
     start = copy.deepcopy(trial.learner)
     other = copy.deepcopy(trial.learner)
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "learner.safetensors"
         torch.manual_seed(1)
         train(trial.learner.train(), _Repeated(trial.tasks), 4, progress=False)
@@ -308,15 +307,6 @@ class _Repeated:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.position = state["position"]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    before = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before)
 
 
 _AS_IT_IS = (_meta_step, _resumed, _refuses)

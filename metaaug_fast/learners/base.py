@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from ..checks import check_count, check_number
 from ..engine.losses import Loss, check_targets, judge
-from ..tasks import MetaOutput, TaskBatch, check_samples, check_tensor, class_ids, is_one_task, usable
+from ..tasks import MetaOutput, TaskBatch, check_inputs_of, check_samples, check_tensor, class_ids, is_one_task, usable
 
 
 class Adapted(Protocol):
@@ -165,9 +165,7 @@ class Predictor:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Predictions `[T, N, ...]`; TypeError or ValueError unless `x` holds samples for T tasks."""
-        check_tensor("x", x)
-        if x.ndim < 2 or len(x) != len(self) or not x.shape[1]:
-            raise ValueError(f"x must be [{len(self)}, samples, ...] with samples > 0 (got shape {tuple(x.shape)})")
+        check_inputs_of(len(self), x)
         return self.predict(usable(x))
 
     def evaluate(self, x: Tensor, y: Tensor) -> MetaOutput:

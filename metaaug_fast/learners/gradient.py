@@ -80,8 +80,10 @@ class GradientLearner(Learner):
         Raises:
             ValueError: the support set fits neither the model nor itself.
         """
-        support = Support(support_x, support_y, sample_weight, rows, initial)
-        return adapt_tasks(self.problem(steps), support, self.backend)
+        problem = self.problem(steps)
+        if rows is None:
+            rows = self._support_rows(support_x, support_y, problem.steps)
+        return adapt_tasks(problem, Support(support_x, support_y, sample_weight, rows, initial), self.backend)
 
     @torch.no_grad()
     def by_step(self, tasks: TaskBatch, steps: int | None = None) -> list[MetaOutput]:
@@ -92,10 +94,11 @@ class GradientLearner(Learner):
         """
         tasks = TaskBatch.of(tasks)
         problem = self.problem(check_steps(self, steps))
-        support = Support(tasks.support_x, tasks.support_y, rows=self._support_rows(tasks, problem.steps))
+        x, y = tasks.support_x, tasks.support_y
+        support = Support(x, y, rows=self._support_rows(x, y, problem.steps))
         return judge_steps(problem, support, Query(tasks.query_x, tasks.query_y), self.backend)
 
-    def _support_rows(self, tasks: TaskBatch, steps: int) -> Tensor | None:
+    def _support_rows(self, x: Tensor, y: Tensor, steps: int) -> Tensor | None:
         """The support samples of each step `[T, K, B]`, where a learner does not take them all."""
         return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,6 @@ from ..engine.losses import Loss
 from ..engine.problem import InnerProblem, LearningRate, Query, Support, inner_problem, patterns
 from ..engine.reference import unpack
 from ..tasks import MetaOutput, TaskBatch, check_samples
-from .base import one_task_too
 from .gradient import GradientLearner
 
 POLICIES = ("batch", "frozen")
@@ -157,25 +157,13 @@ class Reptile(GradientLearner):
         """Adapt to every task's support set and judge the result on its query set, without gradient."""
         return super().forward(tasks, steps=steps)
 
-    @one_task_too
     @torch.no_grad()
-    def adapt(
-        self,
-        support_x: Tensor,
-        support_y: Tensor,
-        *,
-        steps: int | None = None,
-        sample_weight: Tensor | None = None,
-        rows: Tensor | None = None,
-        initial: Tensor | None = None,
-    ) -> FastWeights:
-        """Adapt to each task `[T, S, ...]` without gradient; arguments as in `inner_loop`.
+    def adapt(self, support_x: Tensor, support_y: Tensor, **options: Any) -> FastWeights:
+        """Adapt to each task `[T, S, ...]`, or one, without gradient; options as of `GradientLearner.adapt`.
 
         The batches of `inner_batch` samples are the same at every call and independent of those of `step`.
         """
-        if rows is None:
-            rows = self._rows_in_evaluation(support_x, support_y, self.problem(steps).steps)
-        return super().adapt(support_x, support_y, steps=steps, sample_weight=sample_weight, rows=rows, initial=initial)
+        return super().adapt(support_x, support_y, **options)
 
     def get_extra_state(self) -> Tensor:
         """Where the shuffling stands."""
@@ -195,10 +183,7 @@ class Reptile(GradientLearner):
         move([problem.parameters[name] for name in problem.rates], [changes[name] for name in problem.rates])
         return output
 
-    def _support_rows(self, tasks: TaskBatch, steps: int) -> Tensor | None:
-        return self._rows_in_evaluation(tasks.support_x, tasks.support_y, steps)
-
-    def _rows_in_evaluation(self, x: Tensor, y: Tensor, steps: int) -> Tensor | None:
+    def _support_rows(self, x: Tensor, y: Tensor, steps: int) -> Tensor | None:
         return self._rows(x, y, steps, torch.Generator().manual_seed(self.seed))
 
     def _rows(self, x: Tensor, y: Tensor, steps: int, generator: torch.Generator) -> Tensor | None:

@@ -46,7 +46,7 @@ class Run:
 
     def try_saving(self, path: str | Path) -> None:
         """See whether `save` will succeed; room is asked for two moments of every weight, as Adam keeps."""
-        weights = [each for optimizer in self.optimizers if not optimizer.state for each in _parameters(optimizer)]
+        weights = [each for optimizer in self.optimizers if not optimizer.state for each in parameters_of(optimizer)]
         checkpoints.try_saving(path, self._state(), more=2 * sum(each.nbytes for each in weights))
 
     def resume(self, path: str | Path) -> Path:
@@ -164,7 +164,7 @@ def _stepped(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> dict[
         if name not in vars(twin) and not callable(value):
             setattr(twin, name, copy.deepcopy(value, memo))
     twin.load_state_dict({"state": twin.state_dict()["state"], "param_groups": copy.deepcopy(list(groups))})
-    for parameter in _parameters(twin):
+    for parameter in parameters_of(twin):
         parameter.grad = torch.zeros_like(parameter)
     twin.step()
     return twin.state_dict()
@@ -222,5 +222,6 @@ def _without_none(state: Any) -> Any:
     return {name: value for name, value in state.items() if value is not None} if isinstance(state, Mapping) else state
 
 
-def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
+def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
+    """All that the optimizer steps."""
     return (parameter for group in optimizer.param_groups for parameter in group["params"])

@@ -27,7 +27,7 @@ from ..learners.base import Learner, gradient_step
 from ..tasks import MetaOutput, TaskBatch
 from .evaluation import Evaluation, device_of, learner_in
 from .history import EARLY, TIME, History, Point, ValidationPoint
-from .resume import Resumable, Run
+from .resume import Resumable, Run, parameters_of
 
 POINTS = 200
 """How many points a training curve gets."""
@@ -258,8 +258,7 @@ def _clipped(optimizers: Sequence[Optimizer], norm: float | None) -> Iterator[No
     """Meanwhile each optimizer clips its gradient before it steps, whoever makes it step."""
 
     def clip(optimizer: Optimizer, *_: Any) -> None:
-        parameters = (each for group in optimizer.param_groups for each in group["params"])
-        nn.utils.clip_grad_norm_(parameters, float(norm or 0))
+        nn.utils.clip_grad_norm_(parameters_of(optimizer), float(norm or 0))
 
     hooks = [] if norm is None else [each.register_step_pre_hook(clip) for each in optimizers]
     try:

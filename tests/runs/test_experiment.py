@@ -2,24 +2,13 @@ import json
 from dataclasses import replace
 
 import pytest
-import torch
 
 from metaaug_fast.errors import CheckpointError, NotFusedError
 from metaaug_fast.files import best_of
 from metaaug_fast.runs import checkpoint, configure, experiment, run
 from metaaug_fast.runs.experiment import check_goes_on
+from tests.building import same
 from tests.runs.small import done, small
-
-
-def same(one, other):
-    """Whether two states are equal, bit for bit."""
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
 
 
 def timeless(state):

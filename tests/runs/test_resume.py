@@ -17,7 +17,7 @@ from metaaug_fast.learners.maml import MAML
 from metaaug_fast.models import mlp
 from metaaug_fast.runs import checkpoint
 from metaaug_fast.runs.training import train
-from tests.building import assert_same, parts
+from tests.building import assert_same, parts, same
 
 
 def run(steps, made, **more):
@@ -30,16 +30,6 @@ def snapshot(made):
     learner, episodes, more = made
     states = [part.state_dict() for part in (learner, episodes, *more.values())]
     return copy.deepcopy([*states, torch.get_rng_state()])
-
-
-def same(one, other):
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
 
 
 class Signed(torch.optim.Optimizer):
