@@ -35,15 +35,30 @@ def write_atomically(path: str | Path, data: bytes | bytearray, *, keep: bool = 
     Raises:
         FileWriteError: it cannot be written; the message names `path`.
     """
-    target = target_of(path)
-    with _naming(path), _made_folder(target.parent), _part(target) as (file, part):
+    with writing(path, keep=keep) as file, naming(path):
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-        if keep:
-            _keep(target)
-        os.replace(part, target)
-        _sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def writing(path: str | Path, *, keep: bool = False) -> Iterator[BinaryIO]:
+    """A file to be written in the block, of which the same holds; an error in the block leaves all as it was.
+
+    Raises:
+        FileWriteError: it cannot be made or put in its place; the block itself writes under `naming(path)`.
+    """
+    target = target_of(path)
+    with contextlib.ExitStack() as stack:
+        with naming(path):
+            stack.enter_context(_made_folder(target.parent))
+            file, part = stack.enter_context(_part(target))
+        yield file
+        with naming(path):
+            file.flush()
+            os.fsync(file.fileno())
+            if keep:
+                _keep(target)
+            os.replace(part, target)
+            _sync_folder(target.parent)
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
@@ -58,7 +73,7 @@ def try_writing(path: str | Path, size: int = 1) -> None:
         FileWriteError: it cannot; the message names `path`.
     """
     target = target_of(path)
-    with _naming(path), _made_folder(target.parent), _part(target) as (file, _):
+    with naming(path), _made_folder(target.parent), _part(target) as (file, _):
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)
         else:  # macOS
@@ -86,7 +101,7 @@ def claimed(path: str | Path) -> Iterator[None]:
         yield
         return
     with contextlib.ExitStack() as stack:
-        with _naming(path):
+        with naming(path):
             stack.enter_context(_made_folder(target.parent))
             try_writing(path)
             stack.callback(_lock(path, target.with_name(f".{target.name}.lock")))
@@ -121,8 +136,8 @@ def best_of(path: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def _naming(path: str | Path) -> Iterator[None]:
-    """An error of the system becomes a sentence about the path that the caller gave."""
+def naming(path: str | Path) -> Iterator[None]:
+    """An error of the system becomes a FileWriteError about the path that the caller gave."""
     try:
         yield
     except FileWriteError:

@@ -11,9 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import torch
 from platformdirs import user_cache_dir
+from torch import Tensor
 
+from ..errors import FileWriteError
 from ..files import write_atomically
+from .mapped import Rows, mapped, rows_in
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -59,29 +63,88 @@ def cached_arrays(
     A cache that cannot be written, or has no place, is a warning, not an error. Files are put in place by renaming, so
     that a reader never sees half of one.
     """
+    path = _place(name, made_from, cache_dir)
+    if path is None:
+        return make()
+    found = _stored(path, names)
+    if found is not None:
+        return found
+    arrays = make()
+    try:
+        _store(path, arrays)
+    except OSError as error:
+        _warn(f"{error}; the next start is as slow as this one")
+    return arrays
+
+
+def cached_samples(
+    name: str,
+    made_from: Iterable[object],
+    make: Callable[[Rows], Arrays],
+    cache_dir: str | os.PathLike[str] | None = None,
+    *,
+    names: Iterable[str] = (),
+) -> tuple[Tensor | Path, Arrays]:
+    """As `cached_arrays`, for samples that may be larger than memory: `make` appends them, one by one, to `Rows`.
+
+    Returns:
+        The samples `[N, ...]`, or the file that holds them for `mapped`; and the arrays that `make` returned.
+    """
+    path = _place(name, made_from, cache_dir)
+    if path is not None:
+        samples = path.with_suffix(".npy")
+        found = _stored(path, names) if samples.exists() else None
+        if found is not None:
+            try:
+                mapped(samples)
+                return samples, found
+            except ValueError as error:
+                _warn(f"{error}; it is made again")
+        try:
+            with rows_in(samples) as rows:
+                arrays = make(rows)
+            _store(path, arrays)  # the last: where it is, the samples are
+            return samples, arrays
+        except FileWriteError as error:
+            _warn(f"{error}; samples are held in memory, and the next start is as slow as this one")
+    rows = Rows()
+    arrays = make(rows)
+    return torch.from_numpy(rows.stacked()), arrays
+
+
+def _place(name: str, made_from: Iterable[object], cache_dir: str | os.PathLike[str] | None) -> Path | None:
+    """The file of what was made from this, whether it is there or not; None, with a warning, if there is no cache."""
     digest = hashlib.sha256("\n".join(map(repr, made_from)).encode()).hexdigest()
     try:
-        path = cache_folder(cache_dir) / f"{name}-{digest[:20]}.npz"
+        return cache_folder(cache_dir) / f"{name}-{digest[:20]}.npz"
     except OSError as error:
-        warnings.warn(f"{name} is made again at every start ({error})", stacklevel=3)
-        return make()
-    if path.exists():
-        try:
-            # The archive checks a checksum of every array.
-            with np.load(path, allow_pickle=False) as stored:
-                if missing := [each for each in names if each not in stored]:
-                    raise ValueError(f"it has no {', '.join(missing)}")
-                return dict(stored)
-        except Exception as error:  # Damage can raise anything, and the remedy is always the same.
-            warnings.warn(f"{path} is damaged and is made again ({error})", stacklevel=3)
-    arrays = make()
+        _warn(f"{name} is made again at every start ({error})")
+        return None
+
+
+def _stored(path: Path, names: Iterable[str]) -> Arrays | None:
+    """The arrays in a file; None if there is none, or (with a warning) if it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        # The archive checks a checksum of every array.
+        with np.load(path, allow_pickle=False) as stored:
+            if missing := [each for each in names if each not in stored]:
+                raise ValueError(f"it has no {', '.join(missing)}")
+            return dict(stored)
+    except Exception as error:  # Damage can raise anything, and the remedy is always the same.
+        _warn(f"{path} is damaged and is made again ({error})")
+        return None
+
+
+def _store(path: Path, arrays: Arrays) -> None:
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)  # type: ignore[arg-type]
-    try:
-        write_atomically(path, content.getvalue())
-    except OSError as error:
-        warnings.warn(f"{error}; the next start is as slow as this one", stacklevel=3)
-    return arrays
+    write_atomically(path, content.getvalue())
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=4)
 
 
 def file_digest(path: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,6 +31,9 @@ class Episodes(IterableDataset):
         seed: any integer; another seed is another sequence.
         split_styles: support images from some style families of the data set, queries from the others.
         dtype: of the inputs.
+        transform: called with each whole `TaskBatch`, where it is drawn (in a loader's process, for one: then it has to
+            be picklable); returns one of as many tasks, in a form that `TaskBatch.of` takes. What it takes from torch's
+            own generators is given by `seed`, the batch and the shard, and leaves these as they were.
 
     Yields:
         `TaskBatch` with support_x `[T, ways * shots, ...]`, class after class, and support_y `0..ways-1` (which class
@@ -56,15 +59,19 @@ class Episodes(IterableDataset):
         seed: int = 0,
         split_styles: bool = False,
         dtype: torch.dtype = torch.float32,
+        transform: Callable[[TaskBatch], Any] | None = None,
     ) -> None:
         check_integer("tasks", tasks, low=1)
         check_integer("seed", seed)
+        if transform is not None and not callable(transform):
+            raise TypeError(f"transform must be a function of a TaskBatch (got {transform!r})")
         self.dataset: TaskSource = dataset if isinstance(dataset, TaskSource) else ClassSamples.from_dataset(dataset)
         self.spec = EpisodeSpec(ways, shots, queries, split_styles, dtype)
         self.tasks = tasks
         self.seed = seed
         self.position = 0
         self.first = 0  # of the tasks of a batch, those before it being other shards'
+        self.transform = transform
         self._sample = self.dataset.sampler(self.spec)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -77,12 +84,16 @@ class Episodes(IterableDataset):
     @property
     def sample_shape(self) -> tuple[int, ...]:
         """Shape of one input, as a model sees it without the batch dimension."""
-        return self.dataset.sample_shape
+        if self.transform is None:
+            return self.dataset.sample_shape
+        return tuple(self.batch(self.position).support_x.shape[2:])
 
     def batch(self, index: int) -> TaskBatch:
         """The batch of that index, >= 0, wherever the iteration stands."""
         check_integer("index", index, low=0)
-        return self._sample(Draws(self.seed, index, self.tasks, self.first))
+        draws = Draws(self.seed, index, self.tasks, self.first)
+        tasks = self._sample(draws)
+        return tasks if self.transform is None else _transformed(self.transform, tasks, draws.key)
 
     def shard(self, rank: int, shards: int) -> Episodes:
         """The share of process `rank` of `shards`, which together draw just these batches.
@@ -127,6 +138,24 @@ class Episodes(IterableDataset):
         check_integer("position", state["position"], low=0)
         check_integer("seed", state["seed"])
         self.seed, self.position = state["seed"], state["position"]
+
+
+def _transformed(transform: Callable[[TaskBatch], Any], tasks: TaskBatch, key: int) -> TaskBatch:
+    """What `transform` makes of the tasks, as with torch's seed `key`."""
+    device = tasks.support_x.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(key)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(key)
+        made = transform(tasks)
+    try:
+        result = TaskBatch.of(made)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"transform must return tasks ({error})") from error
+    if len(result) != len(tasks):
+        raise ValueError(f"transform must return as many tasks as it was given, {len(tasks)} (got {len(result)})")
+    return result
 
 
 class Loader:

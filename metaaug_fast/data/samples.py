@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,11 @@ from torch import Tensor
 from .. import _C
 from ..tasks import TaskBatch
 from .draws import Draws, shuffled
+from .mapped import Rows, mapped, rows_in
 from .source import EpisodeSpec, Sampler
 
 MAX_STYLES = 12
-_DTYPES = (torch.uint8, torch.float32, torch.float64, torch.int64)
+_DTYPES = ("uint8", "float32", "float64", "int64")
 
 
 class ClassSamples:
@@ -26,14 +29,16 @@ class ClassSamples:
     Args:
         samples: pictures `[N, H, W]` or `[N, C, H, W]` in uint8 (a sample is handed out divided by 255, and a single
             channel is added to `[N, H, W]`), or any `[N, ...]` in float32, float64 or, as token ids, int64 (as it is).
-            Grouped by class.
+            Grouped by class. Or a file of such an array in NumPy's format, `.npy`, which is mapped: samples are read
+            from it as they are drawn, and may be more than memory holds.
         first: where each class begins in `samples`, `[classes]`.
         counts: samples of each class in each style, `[classes, styles]`; one column where there are no styles.
         names: a name for each class, for messages.
         styles: a name for each style family.
+        order: int64 `[N]`, the samples in order of class, where they lie in another one; `first` is a place in it.
 
     Raises:
-        ValueError: the arguments do not fit together.
+        ValueError: the arguments do not fit together. FileNotFoundError: there is no such file.
 
     >>> import torch
     >>> data = ClassSamples.from_arrays(torch.zeros(12, 28, 28, dtype=torch.uint8), torch.arange(12) % 3)
@@ -46,15 +51,17 @@ class ClassSamples:
 
     def __init__(
         self,
-        samples: Tensor,
+        samples: Tensor | str | os.PathLike[str],
         first: Sequence[int] | np.ndarray,
         counts: Sequence[Sequence[int]] | np.ndarray,
         names: Sequence[str],
         styles: Sequence[str] = (),
+        order: Tensor | None = None,
     ) -> None:
-        if samples.dtype not in _DTYPES:
-            raise ValueError(f"samples must be uint8, float32, float64 or int64 (got {samples.dtype})")
-        self.samples = samples.unsqueeze(1) if samples.dtype == torch.uint8 and samples.ndim == 3 else samples
+        self._file = None if isinstance(samples, Tensor) else Path(samples).absolute()
+        self.samples = _held(samples)
+        _check_dtype(self.samples.dtype)
+        self.order = order
         self.first = np.asarray(first, dtype=np.int64)
         self.counts = np.asarray(counts, dtype=np.int64)
         self.names = tuple(names)
@@ -65,27 +72,37 @@ class ClassSamples:
                 f"{max(len(self.styles), 1)} styles (got {len(self.names)} names, counts {self.counts.shape})"
             )
         self._sizes = self.counts.sum(1)
-        ends = self.first + self._sizes
-        if len(self) and (self.first.min() < 0 or self.counts.min() < 0 or ends.max() > len(samples)):
-            raise ValueError(
-                f"first and counts must stay within the {len(samples)} samples (got an end at {ends.max()})"
-            )
+        ends, held = self.first + self._sizes, len(self.samples if order is None else order)
+        if len(self) and (self.first.min() < 0 or self.counts.min() < 0 or ends.max() > held):
+            raise ValueError(f"first and counts must stay within the {held} samples (got an end at {ends.max()})")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of samples in a file, where that is; another process maps it, too."""
+        return {name: value for name, value in self.__dict__.items() if name != "samples" or self._file is None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._file is not None:
+            self.samples = _held(self._file)
 
     @classmethod
     def from_arrays(
         cls,
-        samples: Tensor | np.ndarray,
+        samples: Tensor | np.ndarray | str | os.PathLike[str],
         labels: Tensor | np.ndarray | Sequence[Any],
         styles: Sequence[Any] | Tensor | np.ndarray | None = None,
     ) -> ClassSamples:
         """Group samples `[N, ...]` by their labels `[N]`, numbers or text; classes in sorted order of the labels.
 
-        `styles` `[N]`, if given, says which style family each sample belongs to.
+        `samples` may be a file, `"pictures.npy"`, that is mapped and not read. `styles` `[N]`, if given, says which
+        style family each sample belongs to.
 
         Raises:
             ValueError: labels or styles are missing (None, NaN), of several kinds, or not one for each sample.
+            FileNotFoundError, ValueError: there is no such file, or it holds no array.
         """
-        samples = torch.as_tensor(samples)
+        file = Path(samples) if isinstance(samples, (str, os.PathLike)) else None
+        samples = torch.as_tensor(samples) if file is None else mapped(file)
         _check_complete("labels", labels)
         if styles is not None:
             _check_complete("styles", styles)
@@ -99,18 +116,25 @@ class ClassSamples:
         order = np.lexsort((style_of, label_of))
         counts = np.zeros((len(classes), len(families)), dtype=np.int64)
         np.add.at(counts, (label_of, style_of), 1)
-        sizes = counts.sum(1)
+        sizes, rows = counts.sum(1), torch.from_numpy(order)
         return ClassSamples(
-            samples[torch.from_numpy(order)],
+            samples[rows] if file is None else file,
             np.cumsum(sizes) - sizes,
             counts,
             [str(name) for name in classes],
             () if styles is None else [str(name) for name in families],
+            None if file is None else rows,
         )
 
     @classmethod
-    def from_dataset(cls, dataset: Any, sample: str | None = None, label: str = "label") -> ClassSamples:
-        """Read a map-style data set of samples of one shape into memory once.
+    def from_dataset(
+        cls,
+        dataset: Any,
+        sample: str | None = None,
+        label: str = "label",
+        file: str | os.PathLike[str] | None = None,
+    ) -> ClassSamples:
+        """Read a map-style data set of samples of one shape once, into memory or a file.
 
         Its labels come from `get_labels()`, `targets` or `labels`, as those of torch and torchvision have them, or from
         the column `label`, as those of Hugging Face (`features`) have it; classes then go by the names that the column
@@ -121,39 +145,34 @@ class ClassSamples:
             dataset: the data set.
             sample: a column; None: the first of image, img and text that there is.
             label: a column.
+            file: where to keep the samples, `"pictures.npy"`, if they are more than memory holds: they are mapped from
+                there. If it is there already, with as many samples and the same at both ends, the rest is taken to be
+                the same, too, and is not read again.
 
         Raises:
             TypeError: the data set has no labels, or samples that are no numbers.
-            ValueError: there is no such column, a label is missing, samples have several shapes, or the data set has
-                another length than its labels, or another one when it has been read.
+            ValueError: there is no such column, a label is missing, samples have several shapes, the data set has
+                another length than its labels, or another one when it has been read, or `file` has other samples.
+            FileWriteError: `file` cannot be written.
         """
         labels = _labels_of(dataset, label)
         lengths = {"labels": len(labels)}
-        if has_length := hasattr(dataset, "__len__"):
+        if hasattr(dataset, "__len__"):
             lengths["samples"] = len(dataset)
         if not len(labels) or len({*lengths.values()}) > 1:
             counts = " and ".join(f"{count} {name}" for name, count in lengths.items())
             raise ValueError(f"dataset must have a label for each of one sample or more (got {counts})")
         _check_complete("labels", labels)
-        samples: list[Tensor] = []
-        for index in range(len(labels)):
-            try:
-                item = dataset[index]
-            except IndexError as error:
-                raise ValueError(
-                    f"dataset must keep its length while it is read (got {len(labels)}, and nothing at {index})"
-                ) from error
-            samples.append(_as_tensor(_sample_of(item, sample)))
-            if samples[-1].shape != samples[0].shape:
-                raise ValueError(
-                    f"samples must have one shape (got {tuple(samples[0].shape)} at 0 and {tuple(samples[-1].shape)} "
-                    f"at {index})"
-                )
-        if has_length and len(dataset) != len(labels):
-            raise ValueError(
-                f"dataset must keep its length while it is read (got {len(labels)}, and {len(dataset)} at the end)"
-            )
-        return cls.from_arrays(torch.stack(samples), labels)
+        if file is None:
+            rows = Rows()
+            _read_into(rows, dataset, labels, sample)
+            return cls.from_arrays(rows.stacked(), labels)
+        if Path(file).exists():
+            _check_same(mapped(file), dataset, len(labels), sample, file)
+        else:
+            with rows_in(file) as rows:
+                _read_into(rows, dataset, labels, sample)
+        return cls.from_arrays(file, labels)
 
     @classmethod
     def from_table(cls, frame: Any, label: str = "label") -> ClassSamples:
@@ -216,19 +235,26 @@ class ClassSamples:
         return self.samples.dtype == torch.int64
 
     def class_samples(self, index: int) -> Tensor:
-        """All samples of one class, `[n, C, H, W]`, as stored."""
-        return self.samples[self.first[index] : self.first[index] + self._sizes[index]]
+        """All samples of one class, `[n, C, H, W]`, as stored; those in a file must not be written to."""
+        places = slice(self.first[index], self.first[index] + self._sizes[index])
+        return self.samples[places if self.order is None else self.order[places]]
 
     def subset(self, classes: Iterable[int]) -> ClassSamples:
         """The data set of these classes, in this order; the samples are shared."""
         rows = np.fromiter(classes, dtype=np.int64)
         return ClassSamples(
-            self.samples, self.first[rows], self.counts[rows], [self.names[i] for i in rows], self.styles
+            self._file or self.samples,
+            self.first[rows],
+            self.counts[rows],
+            [self.names[i] for i in rows],
+            self.styles,
+            self.order,
         )
 
     def to(self, device: torch.device | str) -> ClassSamples:
         """The data set with its samples on a device; episodes are then drawn there, the same ones for the same seed."""
-        return ClassSamples(self.samples.to(device), self.first, self.counts, self.names, self.styles)
+        samples = self.samples if self.order is None else self.samples[self.order]
+        return ClassSamples(samples.to(device), self.first, self.counts, self.names, self.styles)
 
     def split(self, sizes: Sequence[int], seed: int = 0) -> list[ClassSamples]:
         """Disjoint data sets of `sizes` classes each, from one shuffle of the classes given by the seed.
@@ -257,8 +283,8 @@ class ClassSamples:
             raise ValueError(f"with_rotations needs square pictures [N, C, H, H] (got {tuple(self.samples.shape)})")
         first = np.cumsum(self._sizes) - self._sizes
         # Only the samples of these classes: the tensor may be shared with other splits.
-        rows = np.arange(self._sizes.sum()) + np.repeat(self.first - first, self._sizes)
-        samples = self.samples[torch.from_numpy(rows)]
+        places = torch.from_numpy(np.arange(self._sizes.sum()) + np.repeat(self.first - first, self._sizes))
+        samples = self.samples[places if self.order is None else self.order[places]]
         return ClassSamples(
             torch.cat([samples.rot90(turns, (2, 3)) for turns in range(4)]),
             np.concatenate([first + turns * len(samples) for turns in range(4)]),
@@ -357,12 +383,51 @@ class ClassSamples:
 
     def _gather(self, rows: np.ndarray, dtype: torch.dtype) -> Tensor:
         """The samples at rows `[T, ways, n]`, `[T, ways * n, ...]`."""
-        picked = self.samples.index_select(0, torch.from_numpy(rows.reshape(-1)).to(self.samples.device))
+        places = torch.from_numpy(rows.reshape(-1))
+        if self.order is not None:
+            places = self.order[places]
+        picked = self.samples.index_select(0, places.to(self.samples.device))
         shape = (len(rows), rows.shape[1] * rows.shape[2], *self.sample_shape)
         if picked.dtype == torch.int64:
             return picked.view(shape)
         scaled = picked.to(dtype).div_(255) if picked.dtype == torch.uint8 else picked.to(dtype)
         return scaled.view(shape)
+
+
+def _held(samples: Tensor | str | os.PathLike[str]) -> Tensor:
+    """The samples, or those in a file; grey pictures with a channel."""
+    tensor = samples if isinstance(samples, Tensor) else mapped(samples)
+    return tensor.unsqueeze(1) if tensor.dtype == torch.uint8 and tensor.ndim == 3 else tensor
+
+
+def _check_dtype(dtype: Any) -> None:
+    if str(dtype).removeprefix("torch.") not in _DTYPES:
+        raise ValueError(f"samples must be {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]} (got {dtype})")
+
+
+def _read_into(rows: Rows, dataset: Any, labels: Any, sample: str | None) -> None:
+    """Append all samples of a data set, which must keep its length meanwhile."""
+    for index in range(len(labels)):
+        try:
+            item = dataset[index]
+        except IndexError as error:
+            raise ValueError(
+                f"dataset must keep its length while it is read (got {len(labels)}, and nothing at {index})"
+            ) from error
+        rows.append(_as_array(_sample_of(item, sample)))
+    if hasattr(dataset, "__len__") and len(dataset) != len(labels):
+        raise ValueError(
+            f"dataset must keep its length while it is read (got {len(labels)}, and {len(dataset)} at the end)"
+        )
+
+
+def _check_same(samples: Tensor, dataset: Any, count: int, sample: str | None, file: str | os.PathLike[str]) -> None:
+    ends = [_as_array(_sample_of(dataset[index], sample)) for index in (0, count - 1)]
+    held = [samples[0].numpy(), samples[-1].numpy()] if len(samples) == count else []
+    if not all(map(np.array_equal, ends, held)) or not held:
+        raise ValueError(
+            f"file must be a new one, or hold the samples of this data set (got {file} with others); delete it"
+        )
 
 
 def _labels_of(dataset: Any, label: str) -> Any:
@@ -425,14 +490,15 @@ def _is_missing(label: Any) -> bool:
     return missing or (isinstance(label, (float, np.floating)) and bool(np.isnan(label)))
 
 
-def _as_tensor(sample: Any) -> Tensor:
-    """A tensor `[C, H, W]` or `[H, W]` of a tensor, or of a PIL image or array `[H, W]` or `[H, W, C]`."""
+def _as_array(sample: Any) -> np.ndarray:
+    """An array `[C, H, W]` or `[H, W]` of a tensor, or of a PIL image or array `[H, W]` or `[H, W, C]`."""
     if isinstance(sample, Tensor):
-        return sample
+        _check_dtype(sample.dtype)
+        return sample.detach().cpu().numpy()
     array = np.array(sample)
     if array.dtype.kind not in "biuf":
         raise TypeError(
             f"samples must be numbers (got {type(sample).__name__} {str(sample)[:40]!r}); data.Text reads sentences"
         )
-    tensor = torch.from_numpy(array)
-    return tensor.permute(2, 0, 1) if tensor.ndim == 3 else tensor
+    _check_dtype(array.dtype)
+    return array.transpose(2, 0, 1) if array.ndim == 3 else array

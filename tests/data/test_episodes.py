@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import itertools
 import pickle
@@ -191,6 +192,46 @@ def test_pickled_episodes_go_on():
     assert copy.deepcopy(episodes).batch(7) == episodes.batch(7)
 
 
+def noisy(tasks):
+    return TaskBatch(tasks.support_x + torch.rand_like(tasks.support_x), *tasks.tensors[1:])
+
+
+def padded(tasks):
+    x = [torch.nn.functional.pad(each, (1, 0)) for each in (tasks.support_x, tasks.query_x)]
+    return {"train": (x[0], tasks.support_y), "test": (x[1], tasks.query_y)}
+
+
+def test_transforms_see_whole_batches():
+    plain = Episodes(Sinusoids(), shots=3, queries=2, tasks=4, seed=5)
+    episodes = Episodes(Sinusoids(), shots=3, queries=2, tasks=4, seed=5, transform=padded)
+    assert episodes.sample_shape == (2,)
+    assert next(episodes).support_x[..., 1:].equal(next(plain).support_x)
+    seen = []
+    Episodes(Sinusoids(), tasks=4, transform=lambda tasks: seen.append(tasks) or tasks).batch(0)
+    assert [len(tasks) for tasks in seen] == [4]
+
+
+def test_what_a_transform_draws_is_given_by_the_batch():
+    plain, episodes = (Episodes(Sinusoids(), tasks=4, seed=5, transform=each) for each in (None, noisy))
+    torch.manual_seed(0)
+    first, second = episodes.batch(1), episodes.batch(2)
+    after = torch.rand(3)
+    noise = [drawn.support_x - plain.batch(index).support_x for index, drawn in ((1, first), (2, second))]
+    assert not torch.allclose(*noise, atol=1e-3)
+    assert episodes.batch(1) == first == pickle.loads(pickle.dumps(episodes)).batch(1)
+    torch.manual_seed(0)
+    assert torch.rand(3).equal(after)
+
+
+def test_bad_transforms():
+    with pytest.raises(TypeError, match=r"transform must be a function of a TaskBatch \(got 'flip'\)"):
+        Episodes(Sinusoids(), transform="flip")
+    with pytest.raises(TypeError, match=r"transform must return tasks \(tasks must be a TaskBatch.*got NoneType"):
+        Episodes(Sinusoids(), transform=lambda tasks: None).batch(0)
+    with pytest.raises(ValueError, match=r"transform must return as many tasks as it was given, 32 \(got 31\)"):
+        Episodes(Sinusoids(), transform=lambda tasks: tasks[1:]).batch(0)
+
+
 @pytest.mark.slow
 def test_workers_draw_the_same_sequence():
     """Spawned ones, two of them, from the middle of the sequence, and resumed."""
@@ -201,6 +242,9 @@ def test_workers_draw_the_same_sequence():
     drawn = list(itertools.islice(loader, 5))
     assert drawn == [episodes.batch(index) for index in range(2, 7)]
     assert episodes.position == 2
+    changed = Episodes(episodes.dataset, tasks=3, queries=2, seed=1, transform=noisy)
+    with contextlib.closing(Loader(changed, workers=2)) as stream:
+        assert next(stream) == changed.batch(0)
     stream = Loader(episodes, workers=2)
     assert [next(stream) for _ in range(3)] == drawn[:3]
     resumed = Loader(Episodes(episodes.dataset, tasks=3, queries=2), workers=1)

@@ -1,10 +1,12 @@
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from metaaug_fast.data import ClassSamples
+from metaaug_fast.data import ClassSamples, Episodes
+from metaaug_fast.errors import FileWriteError
 
 
 def ragged(rng, classes=7, styles=None):
@@ -240,8 +242,78 @@ def test_data_sets_that_are_no_samples():
     with pytest.raises(ValueError, match=r"one sample or more \(got 0 labels\)"):
         ClassSamples.from_dataset(Folder([], [], True))
     images = [torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(4, 3)]
-    with pytest.raises(ValueError, match=r"samples must have one shape \(got \(3, 4\) at 0 and \(4, 3\) at 2\)"):
+    with pytest.raises(ValueError, match=r"one shape and dtype \(got \(3, 4\) float32 at 0 and \(4, 3\) float32 at 2"):
         ClassSamples.from_dataset(Folder(images, [0, 1, 0], True))
+
+
+def test_from_dataset_into_a_file(rng, tmp_path):
+    images, labels = rng.integers(0, 256, (30, 4, 5, 3), dtype=np.uint8), rng.permutation(np.arange(30) % 3).tolist()
+    dataset, file = Folder(images, labels, True), tmp_path / "below" / "pictures.npy"
+    data, expected = ClassSamples.from_dataset(dataset, file=file), ClassSamples.from_dataset(dataset)
+    assert same_samples(data, expected)
+    assert np.load(file).shape == (30, 3, 4, 5)
+    state = file.stat()
+    assert same_samples(ClassSamples.from_dataset(dataset, file=file), expected)
+    assert file.stat() == state
+    images[-1] ^= 1
+    with pytest.raises(
+        ValueError, match=r"file must be a new one, or hold the samples of this data set \(got .*npy with"
+    ):
+        ClassSamples.from_dataset(dataset, file=file)
+    with pytest.raises(ValueError, match="one shape and dtype"):
+        ClassSamples.from_dataset(Folder([*images, images[0, 1:]], [*labels, 0], True), file=tmp_path / "other.npy")
+    assert not (tmp_path / "other.npy").exists()
+    (tmp_path / "block").write_text("in the way")
+    with pytest.raises(FileWriteError, match=r"block/pictures.npy cannot be written \("):
+        ClassSamples.from_dataset(dataset, file=tmp_path / "block" / "pictures.npy")
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32", "float64", "int64"])
+def test_samples_in_a_file_are_those_in_memory(rng, tmp_path, dtype):
+    """In the order of the file, whatever that is, with styles, in parts, turned, and in another process."""
+    samples = rng.integers(0, 256, (60, 5, 5) if dtype == "uint8" else (60, 1, 5, 5)).astype(dtype)
+    labels, styles = rng.permutation(np.arange(60) % 5), rng.integers(0, 2, 60)
+    np.save(tmp_path / "s.npy", samples)
+    mapped, held = (ClassSamples.from_arrays(each, labels, styles) for each in (tmp_path / "s.npy", samples))
+    pairs = [(mapped, held), *zip(mapped.split([2, 3], 1), held.split([2, 3], 1), strict=True)]
+    pairs += [(mapped.with_rotations(), held.with_rotations()), (mapped.to("cpu"), held)]
+    pairs += [
+        (pickle.loads(pickle.dumps(mapped)), held),
+        (pickle.loads(pickle.dumps(mapped.split([3])[0])), held.split([3])[0]),
+    ]
+    for left, right in pairs:
+        assert same_samples(left, right)
+        batches = [Episodes(each, ways=2, shots=2, queries=2, tasks=4, seed=3).batch(1) for each in (left, right)]
+        assert batches[0] == batches[1]
+    assert len(pickle.dumps(mapped)) < 5000
+
+
+def same_samples(left, right):
+    same = all(left.class_samples(index).equal(right.class_samples(index)) for index in range(len(right)))
+    return same and left.names == right.names and (left.counts == right.counts).all()
+
+
+def test_files_that_hold_no_samples(rng, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"a file of NumPy's .npy format \(there is none at .*none.npy\)"):
+        ClassSamples.from_arrays(tmp_path / "none.npy", [0, 1])
+    np.save(tmp_path / "whole.npy", rng.random((40, 3)))
+    (tmp_path / "half.npy").write_bytes((tmp_path / "whole.npy").read_bytes()[:-8])
+    np.savez(tmp_path / "several.npz", a=rng.random(3))
+    np.save(tmp_path / "objects.npy", np.array([{}, 1]), allow_pickle=True)
+    np.save(tmp_path / "other.npy", np.zeros((2, 3), ">f4"))
+    (tmp_path / "text.npy").write_text("x")
+    for name in ("half.npy", "several.npz", "objects.npy", "other.npy", "text.npy"):
+        with pytest.raises(ValueError, match=rf"{name} is no whole array in NumPy's .npy format"):
+            ClassSamples.from_arrays(tmp_path / name, [0, 1])
+    with pytest.raises(ValueError, match=r"labels must have one entry for each of 40 samples \(got \(2,\)\)"):
+        ClassSamples.from_arrays(tmp_path / "whole.npy", [0, 1])
+    np.save(tmp_path / "short.npy", np.zeros((2, 3), np.int16))
+    with pytest.raises(ValueError, match=r"samples must be uint8, float32, float64 or int64 \(got torch.int16\)"):
+        ClassSamples.from_arrays(tmp_path / "short.npy", [0, 1])
+    data = ClassSamples.from_arrays(tmp_path / "whole.npy", [0, 1] * 20)
+    (tmp_path / "whole.npy").rename(tmp_path / "moved.npy")
+    with pytest.raises(FileNotFoundError, match=r"whole\.npy"):
+        pickle.loads(pickle.dumps(data))
 
 
 def table(rng, rows=12):

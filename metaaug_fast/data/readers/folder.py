@@ -13,12 +13,12 @@ from typing import Literal
 
 import numpy as np
 import PIL
-import torch
 from PIL import Image, ImageOps
 
 from ...checks import check_choice, check_integer
-from ..cache import Arrays, cached_arrays, expanded, file_digest
+from ..cache import Arrays, cached_samples, expanded, file_digest
 from ..division import check_split, part_of
+from ..mapped import Rows
 from ..samples import ClassSamples
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
@@ -44,7 +44,7 @@ _DAMAGE = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
-_STORED = ("images", "counts", "names", "parts", "damaged", "squeezed")
+_STORED = ("counts", "names", "parts", "damaged", "squeezed")
 
 
 class Folder(ClassSamples):
@@ -64,7 +64,8 @@ class Folder(ClassSamples):
         damaged: `"refuse"` a picture that cannot be read, or `"skip"` it, with a warning that counts.
         channels: 1 (grey) or 3. None: 1 if all pictures are grey, else 3.
         seed: of the shuffle of classes, where `root` is not divided.
-        cache_dir: where decoded pictures are kept, see `cache.cache_folder`.
+        cache_dir: where decoded pictures are kept, see `cache.cache_folder`; they are mapped from there, not read, so
+            that there may be more than memory holds.
 
     Warns of, and counts, pictures that are skipped or squeezed, and classes of one name in two parts.
 
@@ -103,14 +104,12 @@ class Folder(ClassSamples):
         folder = expanded(root)
         divided, classes = _find(folder)
         made_from = [size, damaged, channels, PIL.__version__, file_digest(Path(__file__)), *_state(folder, classes)]
-        stored = cached_arrays(
-            "folder", made_from, lambda: _read(classes, size, damaged, channels), cache_dir, names=_STORED
+        samples, stored = cached_samples(
+            "folder", made_from, lambda rows: _read(rows, classes, size, damaged, channels), cache_dir, names=_STORED
         )
         _warn(folder, size, stored)
         counts, names, parts = stored["counts"], stored["names"], stored["parts"]
-        data = ClassSamples(
-            torch.from_numpy(stored["images"]), np.cumsum(counts) - counts, counts[:, None], names.tolist()
-        )
+        data = ClassSamples(samples, np.cumsum(counts) - counts, counts[:, None], names.tolist())
         if split != "all" and divided:
             data = data.subset(np.flatnonzero(parts == split))
             if not len(data):
@@ -119,10 +118,7 @@ class Folder(ClassSamples):
                 )
         elif split != "all":
             data = part_of(data, split, seed)
-        # The pictures of this part alone, so that three parts do not hold three times the whole.
-        samples = torch.cat([data.class_samples(index) for index in range(len(data))])
-        sizes = data.counts.sum(1)
-        super().__init__(samples, np.cumsum(sizes) - sizes, data.counts, data.names)
+        super().__init__(samples, data.first, data.counts, data.names)
 
 
 Classes = dict[tuple[str, str], Sequence[Path]]
@@ -181,21 +177,21 @@ def _state(root: Path, classes: Classes) -> tuple[str, str]:
     return str(root.resolve()), digest.hexdigest()
 
 
-def _read(classes: Classes, size: int | None, damaged: str, channels: int | None) -> Arrays:
-    """Decode all pictures.
+def _read(rows: Rows, classes: Classes, size: int | None, damaged: str, channels: int | None) -> Arrays:
+    """Decode all pictures into `rows`, uint8 `[channels, H, W]`, class after class.
 
-    images: uint8 `[N, channels, H, W]`, class after class. counts, names, parts: of the classes. damaged: a sentence
-    for each picture left out. squeezed: width and height of those that were no squares and are, `[..., 2]`.
+    counts, names, parts: of the classes. damaged: a sentence for each picture left out. squeezed: width and height of
+    those that were no squares and are, `[..., 2]`.
     """
-    images: list[np.ndarray] = []
     counts = []
     left_out: list[str] = []
     squeezed = []
     first: Path | None = None
+    depth = channels or 1
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for (_, name), files in classes.items():
-            before = len(images)
+            before = len(rows)
             for file in files:
                 content = file.read_bytes()
                 try:
@@ -210,26 +206,26 @@ def _read(classes: Classes, size: int | None, damaged: str, channels: int | None
                     if image.width != image.height:
                         squeezed.append(image.size)
                     image = _resized(image, size)
-                images.append(_array(image))
+                pixels = _array(image)
                 if first is None:
-                    first = file
-                elif images[-1].shape[1:] != images[0].shape[1:]:
+                    first, extent = file, pixels.shape[1:]
+                elif pixels.shape[1:] != extent:
                     raise ValueError(
                         "pictures must have one size unless size says which (got "
-                        f"{first} with {_extent(images[0])} and {file} with {_extent(images[-1])} pixels); give size=N"
+                        f"{first} with {_extent(extent)} and {file} with {_extent(pixels.shape[1:])} pixels); "
+                        "give size=N"
                     )
-            counts.append(len(images) - before)
+                if len(pixels) > depth:  # the first in colour: those before become so, too
+                    rows.clear()
+                    return _read(rows, classes, size, damaged, 3)
+                rows.append(np.broadcast_to(pixels, (depth, *extent)))
+            counts.append(len(rows) - before)
             if counts[-1] < 2:
                 raise ValueError(
                     f"a class must have two pictures or more that can be read (got {counts[-1]} of {name!r}); "
                     "add some, or remove its folder"
                 )
-    depth = channels or max(map(len, images))
-    pixels = np.empty((len(images), depth, *images[0].shape[1:]), dtype=np.uint8)
-    for row, image_ in enumerate(images):
-        pixels[row] = image_
     return {
-        "images": pixels,
         "counts": np.array(counts),
         "names": np.array([name for _, name in classes]),
         "parts": np.array([part for part, _ in classes]),
@@ -265,8 +261,9 @@ def _array(image: Image.Image) -> np.ndarray:
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
-def _extent(image: np.ndarray) -> str:
-    return f"{image.shape[2]} x {image.shape[1]}"
+def _extent(size: tuple[int, int]) -> str:
+    height, width = size
+    return f"{width} x {height}"
 
 
 def _unique(parts: np.ndarray) -> list[str]:
