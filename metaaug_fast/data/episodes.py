@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -177,20 +178,27 @@ class Loader:
         check_integer("workers", workers, low=1)
         self.episodes = copy.copy(episodes)
         self.workers = workers
-        self._batches: Iterator[TaskBatch] | None = None
+        self._ahead: tuple[ThreadPoolExecutor, Iterator[TaskBatch], Future[TaskBatch]] | None = None
 
     def __iter__(self) -> Iterator[TaskBatch]:
         return self
 
     def __next__(self) -> TaskBatch:
-        if self._batches is None:
+        if self._ahead is None:
             loader = DataLoader(
                 self.episodes, batch_size=None, num_workers=self.workers, multiprocessing_context="spawn"
             )
-            self._batches = iter(loader)
-        batch = next(self._batches)
+            self._take(ThreadPoolExecutor(1), iter(loader))
+        assert self._ahead is not None
+        pool, batches, coming = self._ahead
+        batch = coming.result()
+        self._take(pool, batches)
         self.episodes.position += 1
         return batch
+
+    def _take(self, pool: ThreadPoolExecutor, batches: Iterator[TaskBatch]) -> None:
+        """Take the next batch from its process meanwhile: that takes milliseconds."""
+        self._ahead = pool, batches, pool.submit(next, batches)
 
     def state_dict(self) -> dict[str, int]:
         """Where the iteration stands, as of `Episodes`."""
@@ -203,4 +211,6 @@ class Loader:
 
     def close(self) -> None:
         """End the processes."""
-        self._batches = None
+        if self._ahead is not None:
+            self._ahead[0].shutdown()
+            self._ahead = None
