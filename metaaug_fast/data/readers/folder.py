@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import struct
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,37 +11,19 @@ from typing import Literal
 
 import numpy as np
 import PIL
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ...checks import check_choice, check_integer
+from .. import pictures
 from ..cache import Arrays, cached_samples, expanded, file_digest
 from ..division import check_split, part_of
 from ..mapped import Rows
+from ..pictures import DAMAGE, SUFFIXES, array, decoded, extent, resized
 from ..samples import ClassSamples
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
-"""Of the files that are read, in small or capital letters."""
 
 PARTS: Mapping[str, tuple[str, ...]] = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
 """Names of the folders that the classes of a part lie in, where somebody has divided them."""
 
-# Pillow has more formats, some of which start other programs.
-_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")
-# What it raises over broken pictures, and over those that no memory may hold.
-_DAMAGE = (
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    TypeError,
-    LookupError,
-    OverflowError,
-    SyntaxError,
-    NotImplementedError,
-    struct.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
 _STORED = ("counts", "names", "parts", "damaged", "squeezed")
 
 
@@ -103,7 +83,8 @@ class Folder(ClassSamples):
             raise ValueError(f"channels must be 1, 3 or None (got {channels!r})")
         folder = expanded(root)
         divided, classes = _find(folder)
-        made_from = [size, damaged, channels, PIL.__version__, file_digest(Path(__file__)), *_state(folder, classes)]
+        code = [file_digest(Path(each)) for each in (__file__, pictures.__file__)]
+        made_from = [size, damaged, channels, PIL.__version__, *code, *_state(folder, classes)]
         samples, stored = cached_samples(
             "folder", made_from, lambda rows: _read(rows, classes, size, damaged, channels), cache_dir, names=_STORED
         )
@@ -195,8 +176,8 @@ def _read(rows: Rows, classes: Classes, size: int | None, damaged: str, channels
             for file in files:
                 content = file.read_bytes()
                 try:
-                    image = _decoded(content, channels)
-                except _DAMAGE as error:
+                    image = decoded(content, channels)
+                except DAMAGE as error:
                     reason = f"{file} cannot be read ({str(error) or type(error).__name__})"
                     if damaged == "refuse":
                         raise ValueError(f'{reason}; replace or delete it, or give damaged="skip"') from error
@@ -205,20 +186,19 @@ def _read(rows: Rows, classes: Classes, size: int | None, damaged: str, channels
                 if size is not None:
                     if image.width != image.height:
                         squeezed.append(image.size)
-                    image = _resized(image, size)
-                pixels = _array(image)
+                    image = resized(image, size)
+                pixels = array(image)
                 if first is None:
-                    first, extent = file, pixels.shape[1:]
-                elif pixels.shape[1:] != extent:
+                    first, shown = file, extent(pixels)
+                elif extent(pixels) != shown:
                     raise ValueError(
                         "pictures must have one size unless size says which (got "
-                        f"{first} with {_extent(extent)} and {file} with {_extent(pixels.shape[1:])} pixels); "
-                        "give size=N"
+                        f"{first} with {shown} and {file} with {extent(pixels)} pixels); give size=N"
                     )
                 if len(pixels) > depth:  # the first in colour: those before become so, too
                     rows.clear()
                     return _read(rows, classes, size, damaged, 3)
-                rows.append(np.broadcast_to(pixels, (depth, *extent)))
+                rows.append(np.broadcast_to(pixels, (depth, *pixels.shape[1:])))
             counts.append(len(rows) - before)
             if counts[-1] < 2:
                 raise ValueError(
@@ -232,38 +212,6 @@ def _read(rows: Rows, classes: Classes, size: int | None, damaged: str, channels
         "damaged": np.array(left_out, dtype=str),
         "squeezed": np.array(squeezed, dtype=np.int64).reshape(-1, 2),
     }
-
-
-def _decoded(content: bytes, channels: int | None) -> Image.Image:
-    """A picture in mode L (grey) or RGB, whichever it was or `channels` asks for."""
-    turned = ImageOps.exif_transpose(Image.open(io.BytesIO(content), formats=_FORMATS))
-    if turned.mode.startswith("I"):  # 16 bits, which Pillow would clip
-        turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
-    if turned.has_transparency_data:
-        turned = turned.convert("RGBA")
-        paper = Image.new("RGBA", turned.size, "white")
-        turned = Image.alpha_composite(paper, turned)
-    if channels == 1 or turned.mode in ("1", "L"):
-        return turned.convert("L")
-    return turned.convert("RGB")
-
-
-def _resized(image: Image.Image, size: int) -> Image.Image:
-    shrinks = min(image.size) >= 2 * size
-    return image.resize((size, size), Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR)
-
-
-def _array(image: Image.Image) -> np.ndarray:
-    """uint8 `[1, H, W]` or `[3, H, W]`; three equal channels are one."""
-    pixels = np.asarray(image)
-    if pixels.ndim == 3 and (pixels == pixels[..., :1]).all():
-        pixels = pixels[..., 0]
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-
-
-def _extent(size: tuple[int, int]) -> str:
-    height, width = size
-    return f"{width} x {height}"
 
 
 def _unique(parts: np.ndarray) -> list[str]:
