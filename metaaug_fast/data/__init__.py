@@ -3,7 +3,7 @@
 from .draws import Draws
 from .episodes import Episodes, Loader
 from .fixed import load_tasks, save_tasks
-from .readers import Cifar10, Cifar100, Folder, Glyphs, Idx, Omniglot, Sinusoids, Text, download_omniglot
+from .readers import Cifar10, Cifar100, Folder, Glyphs, Idx, MiniImageNet, Omniglot, Sinusoids, Text, download_omniglot
 from .samples import ClassSamples
 from .source import EpisodeSpec, TaskSource
 
@@ -22,6 +22,7 @@ __all__ = [
     "Glyphs",
     "Idx",
     "Loader",
+    "MiniImageNet",
     "Omniglot",
     "Sinusoids",
     "TaskSource",

@@ -75,7 +75,7 @@ RUN = {
     "evaluation": {"test_steps": COUNT, "episodes": st.integers(2, 1000)},
 }  # fmt: skip
 ANOTHERS = ("data.seed", "model.ways")  # whose short name is that of another field
-ROOTED = ("cifar10", "cifar100", "clinc150", "csv", "folder", "idx", "mnist", "omniglot")
+ROOTED = ("cifar10", "cifar100", "clinc150", "csv", "folder", "idx", "mini_imagenet", "mnist", "omniglot")
 NEEDED = {
     name: ["--root", "some where", *(["--model", "mlp"] if name in ("clinc150", "csv") else [])] for name in ROOTED
 }

@@ -10,7 +10,7 @@ from metaaug_fast.runs import configure, recipe, recipes
 from metaaug_fast.runs.config import Judging, Sampling, Training, merged, read_yaml
 from metaaug_fast.runs.registry import find_learner
 
-ROOTED = ("cifar10", "cifar100", "clinc150", "csv", "folder", "idx", "mnist", "omniglot")
+ROOTED = ("cifar10", "cifar100", "clinc150", "csv", "folder", "idx", "mini_imagenet", "mnist", "omniglot")
 ROOT = {name: {"root": "here"} for name in ROOTED}
 MODEL = {name: {"model": {"name": "mlp"}} for name in ("clinc150", "csv")}
 """Of data that name none which suits them."""
@@ -61,6 +61,10 @@ def test_the_papers_settings():
     assert (run.learner.fields["inner_lr"], run.learner.fields["inner_steps"]) == (0.01, 5)
     assert (run.model.fields["hidden"], run.data.fields["splits"], run.evaluation.test_steps) == (32, "cifar_fs", 10)
     assert (run.sampling.shots, run.sampling.queries, run.sampling.tasks, run.training.steps) == (5, 15, 4, 60_000)
+    run = configure(recipe("maml-mini_imagenet"), ["--root", "x"])
+    assert (run.learner.fields["inner_lr"], run.learner.fields["inner_steps"]) == (0.01, 5)
+    assert (run.model.fields["hidden"], run.data.fields["size"], run.evaluation.test_steps) == (32, 84, 10)
+    assert (run.sampling.shots, run.sampling.queries, run.sampling.tasks, run.training.steps) == (1, 15, 4, 60_000)
     run = configure(recipe("protonet-omniglot"), ["--root", "x"])
     assert (run.sampling.train_ways, run.sampling.queries, run.training.schedule) == (60, 5, "halving")
 

@@ -8,6 +8,7 @@ from .cifar import Cifar10, Cifar100
 from .folder import Folder
 from .glyphs import Glyphs
 from .idx import Idx
+from .mini_imagenet import MiniImageNet
 from .omniglot import Omniglot, download_omniglot
 from .sinusoid import Sinusoids
 from .text import Text
@@ -21,9 +22,21 @@ READERS = {
     "clinc150": Text,
     "csv": Text,
     "folder": Folder,
+    "mini_imagenet": MiniImageNet,
     "omniglot": Omniglot,
     "sinusoid": Sinusoids,
 }
 """The names by which a run knows them."""
 
-__all__ = ["Cifar10", "Cifar100", "Folder", "Glyphs", "Idx", "Omniglot", "Sinusoids", "Text", "download_omniglot"]
+__all__ = [
+    "Cifar10",
+    "Cifar100",
+    "Folder",
+    "Glyphs",
+    "Idx",
+    "MiniImageNet",
+    "Omniglot",
+    "Sinusoids",
+    "Text",
+    "download_omniglot",
+]
