@@ -3,7 +3,21 @@
 from .draws import Draws
 from .episodes import Episodes, Loader
 from .fixed import load_tasks, save_tasks
-from .readers import Cifar10, Cifar100, Folder, Glyphs, Idx, MiniImageNet, Omniglot, Sinusoids, Text, download_omniglot
+from .readers import (
+    Cifar10,
+    Cifar100,
+    FashionMnist,
+    Folder,
+    Glyphs,
+    Idx,
+    Kmnist,
+    MiniImageNet,
+    Mnist,
+    Omniglot,
+    Sinusoids,
+    Text,
+    download_omniglot,
+)
 from .samples import ClassSamples
 from .source import EpisodeSpec, TaskSource
 
@@ -18,11 +32,14 @@ __all__ = [
     "Draws",
     "EpisodeSpec",
     "Episodes",
+    "FashionMnist",
     "Folder",
     "Glyphs",
     "Idx",
+    "Kmnist",
     "Loader",
     "MiniImageNet",
+    "Mnist",
     "Omniglot",
     "Sinusoids",
     "TaskSource",

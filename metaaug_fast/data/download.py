@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def fetch(url: str, path: Path, sha256: str) -> None:
+def fetch(url: str, path: Path, digest: str) -> None:
     """Put the file at `url` to `path`, with a progress bar, and check its digest; nothing, if there is a file already.
+
+    Args:
+        digest: `"sha256:..."` or `"md5:..."`.
 
     Raises:
         ConnectionError: the transfer failed, or what came has another digest; nothing is left behind.
@@ -17,11 +20,11 @@ def fetch(url: str, path: Path, sha256: str) -> None:
     import requests
 
     try:
-        pooch.retrieve(url, f"sha256:{sha256}", fname=path.name, path=path.parent, progressbar=True)
+        pooch.retrieve(url, digest, fname=path.name, path=path.parent, progressbar=True)
     except requests.RequestException as error:
         raise ConnectionError(f"{url}: the download failed ({error}); try again") from error
     except ValueError as error:
         raise ConnectionError(
-            f"{url}: what came is not the published file (its SHA-256 is not {sha256}); try again, or put {path.name} "
+            f"{url}: what came is not the published file (its digest is not {digest}); try again, or put {path.name} "
             f"into {path.parent} by hand"
         ) from error

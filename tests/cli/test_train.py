@@ -56,7 +56,7 @@ VALUES = {
     "data": {
         "cifar100": {"splits": st.sampled_from(["cifar_fs", "fc100", "shuffled"])},
         "glyphs": {"size": COUNT, "seed": COUNT, "cache_dir": st.none() | st.just("some where")},
-        "mnist": {"prefix": st.just("emnist-"), "splits": st.sampled_from(["shuffled", "ordered"])},
+        "idx": {"prefix": st.just("emnist-"), "splits": st.sampled_from(["shuffled", "ordered"])},
         "omniglot": {"archives": st.just(["a", "b"]), "rotations": st.none() | st.booleans()},
         "sinusoid": {"amplitude": st.lists(RATE, min_size=2, max_size=2), "x": st.just([-1.0, 2.5])},
     },
@@ -75,7 +75,10 @@ RUN = {
     "evaluation": {"test_steps": COUNT, "episodes": st.integers(2, 1000)},
 }  # fmt: skip
 ANOTHERS = ("data.seed", "model.ways")  # whose short name is that of another field
-ROOTED = ("cifar10", "cifar100", "clinc150", "csv", "folder", "idx", "mini_imagenet", "mnist", "omniglot")
+ROOTED = (
+    "cifar10", "cifar100", "clinc150", "csv", "fashion_mnist", "folder", "idx", "kmnist", "mini_imagenet", "mnist",
+    "omniglot",
+)  # fmt: skip
 NEEDED = {
     name: ["--root", "some where", *(["--model", "mlp"] if name in ("clinc150", "csv") else [])] for name in ROOTED
 }

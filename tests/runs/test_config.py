@@ -10,7 +10,10 @@ from metaaug_fast.runs import configure, recipe, recipes
 from metaaug_fast.runs.config import Judging, Sampling, Training, merged, read_yaml
 from metaaug_fast.runs.registry import find_learner
 
-ROOTED = ("cifar10", "cifar100", "clinc150", "csv", "folder", "idx", "mini_imagenet", "mnist", "omniglot")
+ROOTED = (
+    "cifar10", "cifar100", "clinc150", "csv", "fashion_mnist", "folder", "idx", "kmnist", "mini_imagenet", "mnist",
+    "omniglot",
+)  # fmt: skip
 ROOT = {name: {"root": "here"} for name in ROOTED}
 MODEL = {name: {"model": {"name": "mlp"}} for name in ("clinc150", "csv")}
 """Of data that name none which suits them."""

@@ -7,7 +7,7 @@ A reader is a class whose objects tasks can be drawn from. Its constructor's arg
 from .cifar import Cifar10, Cifar100
 from .folder import Folder
 from .glyphs import Glyphs
-from .idx import Idx
+from .idx import FashionMnist, Idx, Kmnist, Mnist
 from .mini_imagenet import MiniImageNet
 from .omniglot import Omniglot, download_omniglot
 from .sinusoid import Sinusoids
@@ -17,8 +17,10 @@ READERS = {
     "cifar10": Cifar10,
     "cifar100": Cifar100,
     "glyphs": Glyphs,
+    "fashion_mnist": FashionMnist,
     "idx": Idx,
-    "mnist": Idx,
+    "kmnist": Kmnist,
+    "mnist": Mnist,
     "clinc150": Text,
     "csv": Text,
     "folder": Folder,
@@ -31,10 +33,13 @@ READERS = {
 __all__ = [
     "Cifar10",
     "Cifar100",
+    "FashionMnist",
     "Folder",
     "Glyphs",
     "Idx",
+    "Kmnist",
     "MiniImageNet",
+    "Mnist",
     "Omniglot",
     "Sinusoids",
     "Text",

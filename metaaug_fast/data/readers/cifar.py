@@ -25,9 +25,9 @@ from ..download import fetch
 from ..samples import ClassSamples
 
 URL = "https://www.cs.toronto.edu/~kriz"
-SHA256 = {
-    "cifar-10-python.tar.gz": "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
-    "cifar-100-python.tar.gz": "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+DIGESTS = {
+    "cifar-10-python.tar.gz": "sha256:6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+    "cifar-100-python.tar.gz": "sha256:85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
 }
 
 PICTURES = 60_000
@@ -138,7 +138,7 @@ def _read(root: Path, forms: Sequence[_Form], classes: int, download: bool) -> t
     """All pictures, by class, and what they were read from."""
     if download and not any((root / name).exists() for form in forms for name in (form.archive, form.folder)):
         name = forms[-1].archive
-        fetch(f"{URL}/{name}", root / name, SHA256[name])
+        fetch(f"{URL}/{name}", root / name, DIGESTS[name])
     source, form = _find(root, forms)
     try:
         contents = _folder(source, form) if source.is_dir() else _archive(source, form)

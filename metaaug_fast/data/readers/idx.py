@@ -7,8 +7,11 @@ import math
 import os
 import re
 import struct
+import warnings
 import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -19,14 +22,8 @@ from ..download import fetch
 from ..samples import ClassSamples
 
 SPLITS = ("shuffled", "ordered")
-# Its first address, yann.lecun.com/exdb/mnist, serves no files any more; the digests are those of the files it had.
-URL = "https://ossci-datasets.s3.amazonaws.com/mnist"
-SHA256 = {
-    "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-    "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-    "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-    "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
-}
+PICTURES = 70_000
+"""In each of the published data sets: 60,000 in the half `train`, 10,000 in the half `t10k`."""
 
 _IMAGES = re.compile(r"(?P<set>.*?)(?P<half>train|t10k|test)?-?images[-.]idx3-ubyte(?:\.gz)?")
 _UNSIGNED_BYTE = 8  # what the third byte of a file calls its type
@@ -34,7 +31,7 @@ _BLOCK = 1 << 20
 
 
 class Idx(ClassSamples):
-    """Grey pictures and their labels in idx files: MNIST and what is published as MNIST is.
+    """Grey pictures and their labels in idx files, as MNIST, EMNIST and others are published.
 
     Every pair of files `*images-idx3-ubyte` and `*labels-idx1-ubyte` in `root`, gzipped or not, is read, and the
     pictures of all pairs are joined by class: the published division into `train` and `t10k` (or `test`) is one of
@@ -48,11 +45,9 @@ class Idx(ClassSamples):
         splits: `"shuffled"`: the classes are shuffled by `seed` before they are divided; `"ordered"`: by their labels.
         prefix: of the files to read, where `root` holds several data sets: `"emnist-balanced-"`.
         seed: of the shuffle.
-        download: fetch the four files of MNIST into `root`, those that are not there.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing, or damaged; the message says what to do.
-        ConnectionError: the download failed.
     """
 
     def __init__(
@@ -62,48 +57,142 @@ class Idx(ClassSamples):
         splits: str = "shuffled",
         prefix: str = "",
         seed: int = 0,
+    ) -> None:
+        check_split(split)
+        check_choice("splits", splits, SPLITS)
+        folder = expanded(root)
+        found = _images(folder, prefix)
+        if not found:
+            raise FileNotFoundError(f"{folder / f'{prefix}*images-idx3-ubyte'}, gzipped or not, is missing")
+        if len(found) > 1:
+            raise ValueError(f"{folder} holds several data sets, {', '.join(sorted(found))}; prefix=... picks one")
+        (files,) = found.values()
+        data = _part(_joined(folder, files), split, splits, seed)
+        super().__init__(data.samples, data.first, data.counts, data.names)
+
+
+class Mnist(ClassSamples):
+    """MNIST: ten handwritten digits, 70,000 pictures of 28 x 28 pixels, those of both published halves together.
+
+    Args:
+        root: folder with the four published files, gzipped or not.
+        split: `"train"` (6 classes), `"validation"` (2), `"test"` (2) or `"all"`. With `"train"` there are tasks of up
+            to 6 ways, to be judged on 2.
+        splits: `"shuffled"`: the classes are shuffled by `seed` before they are divided; `"ordered"`: by their labels.
+        seed: of the shuffle.
+        download: fetch those of the files that are not there into `root`.
+
+    Warns where the files hold fewer pictures than the published ones.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing, or damaged; the message says what to do.
+        ConnectionError: the download failed.
+    """
+
+    # Its first address, yann.lecun.com/exdb/mnist, serves no files any more; the digests are those of the files it had.
+    url: ClassVar[str] = "https://ossci-datasets.s3.amazonaws.com/mnist"
+    digests: ClassVar[Mapping[str, str]] = {
+        "train-images-idx3-ubyte.gz": "sha256:440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+        "train-labels-idx1-ubyte.gz": "sha256:3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+        "t10k-images-idx3-ubyte.gz": "sha256:8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+        "t10k-labels-idx1-ubyte.gz": "sha256:f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+    }
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        split: str = "train",
+        splits: str = "shuffled",
+        seed: int = 0,
         download: bool = False,
     ) -> None:
         check_split(split)
         check_choice("splits", splits, SPLITS)
         folder = expanded(root)
-        if download and prefix:
-            raise ValueError(f"download must not be given with prefix: MNIST's files have none (got {prefix!r})")
         if download:
-            for name, digest in SHA256.items():
+            for name, digest in self.digests.items():
                 if not (folder / name.removesuffix(".gz")).exists():
-                    fetch(f"{URL}/{name}", folder / name, digest)
-        pairs = [_read_pair(images, labels) for images, labels in _pairs(folder, prefix)]
-        shapes = sorted({images.shape[1:] for images, _ in pairs})
-        if len(shapes) > 1:
-            raise ValueError(f"{folder} holds pictures of several sizes, {shapes}; prefix=... picks one data set")
-        images, labels = (np.concatenate(each) for each in zip(*pairs, strict=True))
-        data = ClassSamples.from_arrays(images, labels)
-        if split != "all":
-            sizes = sizes_of_few(len(data))
-            if splits == "shuffled":
-                data = data.split_shares(sizes, seed)[split]
-            else:
-                ends = np.cumsum([0, *sizes.values()])
-                data = data.subset(range(ends[PARTS.index(split)], ends[PARTS.index(split) + 1]))
+                    fetch(f"{self.url}/{name}", folder / name, digest)
+        files = _images(folder).get("", [])
+        if not files:
+            raise FileNotFoundError(
+                f"{folder / 'train-images-idx3-ubyte'}, gzipped or not, is missing; download=True fetches it"
+            )
+        data = _joined(folder, files)
+        _warn_of_gaps(folder, files, len(data.samples))
+        data = _part(data, split, splits, seed)
         super().__init__(data.samples, data.first, data.counts, data.names)
 
 
-def _pairs(root: Path, prefix: str) -> list[tuple[Path, Path]]:
-    """The files of images and of labels; of a file that lies there gzipped and not, the latter."""
-    found: dict[str, Path] = {}
-    sets = set()
+class FashionMnist(Mnist):
+    """Fashion-MNIST (Xiao, Rasul, Vollgraf 2017, arXiv 1708.07747): ten kinds of clothes, as MNIST has digits.
+
+    Args:
+        root: folder with the four published files, gzipped or not.
+        split, splits, seed, download: as of `Mnist`.
+    """
+
+    url = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+    digests: ClassVar[Mapping[str, str]] = {
+        "train-images-idx3-ubyte.gz": "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        "train-labels-idx1-ubyte.gz": "md5:25c81989df183df01b3e8a0aad5dffbe",
+        "t10k-images-idx3-ubyte.gz": "md5:bef4ecab320f06d8554ea6380940ec79",
+        "t10k-labels-idx1-ubyte.gz": "md5:bb300cfdad3c16e7a12a480ee83cd310",
+    }
+
+
+class Kmnist(Mnist):
+    """KMNIST (Clanuwat et al. 2018, arXiv 1812.01718): ten handwritten characters of old Japanese, as MNIST has digits.
+
+    Args:
+        root: folder with the four published files, gzipped or not.
+        split, splits, seed, download: as of `Mnist`.
+    """
+
+    url = "http://codh.rois.ac.jp/kmnist/dataset/kmnist"
+    digests: ClassVar[Mapping[str, str]] = {
+        "train-images-idx3-ubyte.gz": "md5:bdb82020997e1d708af4cf47b453dcf7",
+        "train-labels-idx1-ubyte.gz": "md5:e144d726b3acfaa3e44228e80efcd344",
+        "t10k-images-idx3-ubyte.gz": "md5:5c965bf0a639b31b8f53240b1b52f4d7",
+        "t10k-labels-idx1-ubyte.gz": "md5:7320c461ea6c1c855c0b718fb2a4b134",
+    }
+
+
+def _images(root: Path, prefix: str = "") -> dict[str, list[Path]]:
+    """The files of images, by the data set in front of their names; of a file that is gzipped and not, the latter."""
+    found: dict[str, dict[str, Path]] = {}
     for path in sorted(root.glob("*")):
         if (match := _IMAGES.fullmatch(path.name)) and path.name.startswith(prefix) and path.is_file():
-            found.setdefault(path.name.removesuffix(".gz"), path)
-            sets.add(match["set"])
-    if not found:
-        raise FileNotFoundError(
-            f"{root / f'{prefix}*images-idx3-ubyte'}, gzipped or not, is missing; download=True fetches MNIST's"
-        )
-    if len(sets) > 1:
-        raise ValueError(f"{root} holds several data sets, {', '.join(sorted(sets))}; prefix=... picks one")
-    return [(path, _labels_of(path)) for path in found.values()]
+            found.setdefault(match["set"], {}).setdefault(path.name.removesuffix(".gz"), path)
+    return {name: [*files.values()] for name, files in found.items()}
+
+
+def _joined(root: Path, files: Sequence[Path]) -> ClassSamples:
+    """All pictures of these files, by class."""
+    pairs = [_read_pair(path, _labels_of(path)) for path in files]
+    shapes = sorted({images.shape[1:] for images, _ in pairs})
+    if len(shapes) > 1:
+        raise ValueError(f"{root} holds pictures of several sizes, {shapes}; take all files from one data set")
+    images, labels = (np.concatenate(each) for each in zip(*pairs, strict=True))
+    return ClassSamples.from_arrays(images, labels)
+
+
+def _part(data: ClassSamples, split: str, splits: str, seed: int) -> ClassSamples:
+    if split == "all":
+        return data
+    sizes = sizes_of_few(len(data))
+    if splits == "shuffled":
+        return data.split_shares(sizes, seed)[split]
+    ends = np.cumsum([0, *sizes.values()])
+    return data.subset(range(ends[PARTS.index(split)], ends[PARTS.index(split) + 1]))
+
+
+def _warn_of_gaps(root: Path, files: Sequence[Path], pictures: int) -> None:
+    if pictures != PICTURES:
+        names = " ".join(file.name.replace("test-", "t10k-") for file in files)
+        missing = [half for half in ("train", "t10k") if f"{half}-" not in names]
+        lacking = f"; it lacks {missing[0]}-images-idx3-ubyte" if missing else ""
+        warnings.warn(f"{root} holds {pictures:,} of {PICTURES:,} published pictures{lacking}", stacklevel=3)
 
 
 def _labels_of(images: Path) -> Path:

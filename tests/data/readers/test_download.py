@@ -11,9 +11,9 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from metaaug_fast.data import Cifar10, Cifar100, Idx
+from metaaug_fast.data import Cifar10, Cifar100, FashionMnist, Kmnist, Mnist
 from metaaug_fast.data.download import fetch
-from metaaug_fast.data.readers import cifar, idx
+from metaaug_fast.data.readers import cifar
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*published pictures")
 
@@ -36,7 +36,7 @@ def published(tmp_path, rng):
     """A folder with small files under the official names."""
     folder = tmp_path / "published"
     folder.mkdir()
-    for name in idx.SHA256:
+    for name in Mnist.digests:
         shape = (10, 4, 4) if "images" in name else (10,)
         values = rng.integers(0, 256, shape, dtype=np.uint8) if "images" in name else np.arange(10, dtype=np.uint8)
         header = struct.pack(f">BBBB{len(shape)}I", 0, 0, 8, len(shape), *shape)
@@ -44,6 +44,17 @@ def published(tmp_path, rng):
     for classes in (10, 100):
         (folder / f"cifar-{classes}-python.tar.gz").write_bytes(cifar_archive(classes, rng))
     return folder
+
+
+MNISTS = (Mnist, FashionMnist, Kmnist)
+ADDRESSES = [*((reader, "url") for reader in MNISTS), (cifar, "URL")]
+DIGESTS = [*((reader, "digests") for reader in MNISTS), (cifar, "DIGESTS")]
+
+
+def move(monkeypatch, url):
+    """All that is published, to another address."""
+    for holder, name in ADDRESSES:
+        monkeypatch.setattr(holder, name, url)
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -57,17 +68,25 @@ def server(published, monkeypatch):
     http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=published))
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    for module in (idx, cifar):
-        monkeypatch.setattr(module, "URL", f"http://127.0.0.1:{http.server_port}")
-        digests = {name: hashlib.sha256((published / name).read_bytes()).hexdigest() for name in module.SHA256}
-        monkeypatch.setattr(module, "SHA256", digests)
+    move(monkeypatch, f"http://127.0.0.1:{http.server_port}")
+    for holder, name in DIGESTS:
+        algorithm = getattr(holder, name)[next(iter(getattr(holder, name)))].partition(":")[0]
+        digests = {
+            each: f"{algorithm}:{hashlib.new(algorithm, (published / each).read_bytes()).hexdigest()}"
+            for each in getattr(holder, name)
+        }
+        monkeypatch.setattr(holder, name, digests)
     yield http
     http.shutdown()
     thread.join()
     http.server_close()
 
 
-READERS = {Idx: list(idx.SHA256), Cifar10: ["cifar-10-python.tar.gz"], Cifar100: ["cifar-100-python.tar.gz"]}
+READERS = {
+    **{reader: list(reader.digests) for reader in MNISTS},
+    Cifar10: ["cifar-10-python.tar.gz"],
+    Cifar100: ["cifar-100-python.tar.gz"],
+}
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -96,8 +115,7 @@ def test_no_such_file_or_server(server, published, tmp_path, monkeypatch, reader
     for path in published.iterdir():
         path.unlink()
     if reason == "refused":
-        for module in (idx, cifar):
-            monkeypatch.setattr(module, "URL", "http://127.0.0.1:1")
+        move(monkeypatch, "http://127.0.0.1:1")
     with pytest.raises(ConnectionError, match=r": the download failed \(.*\); try again"):
         reader(tmp_path / "new", download=True)
     assert not list((tmp_path / "new").glob("*"))
@@ -105,28 +123,29 @@ def test_no_such_file_or_server(server, published, tmp_path, monkeypatch, reader
 
 def test_files_that_lie_there_are_kept(tmp_path):
     (tmp_path / "mine").write_bytes(b"mine")
-    fetch("http://127.0.0.1:1/mine", tmp_path / "mine", "0" * 64)
+    fetch("http://127.0.0.1:1/mine", tmp_path / "mine", f"sha256:{'0' * 64}")
     assert (tmp_path / "mine").read_bytes() == b"mine"
 
 
 def test_unpacked_files_are_not_fetched(server, published, tmp_path):
-    for name in idx.SHA256:
+    for name in Mnist.digests:
         (tmp_path / name.removesuffix(".gz")).write_bytes(gzip.decompress((published / name).read_bytes()))
         (published / name).unlink()
-    assert len(Idx(tmp_path, "all", download=True)) == 10
-
-
-def test_only_mnist_itself_is_fetched(tmp_path):
-    with pytest.raises(ValueError, match=r"download must not be given with prefix: .*\(got 'emnist-'\)"):
-        Idx(tmp_path, prefix="emnist-", download=True)
+    assert len(Mnist(tmp_path, "all", download=True)) == 10
 
 
 def test_the_real_files_have_the_digests(real_mnist):
-    for name, digest in idx.SHA256.items():
-        assert hashlib.sha256((real_mnist / name).read_bytes()).hexdigest() == digest
+    for name, digest in Mnist.digests.items():
+        algorithm, _, value = digest.partition(":")
+        assert hashlib.new(algorithm, (real_mnist / name).read_bytes()).hexdigest() == value
 
 
 def test_official_addresses():
-    for module in (idx, cifar):
-        assert module.URL.startswith("https://")
-        assert all(len(digest) == 64 for digest in module.SHA256.values())
+    for holder, name in ADDRESSES:
+        assert getattr(holder, name).startswith(("https://", "http://"))
+        assert not getattr(holder, name).endswith("/")
+    for holder, name in DIGESTS:
+        for digest in getattr(holder, name).values():
+            algorithm, _, value = digest.partition(":")
+            assert len(bytes.fromhex(value)) == hashlib.new(algorithm).digest_size
+    assert len({digest for reader in MNISTS for digest in reader.digests.values()}) == 12

@@ -1,11 +1,13 @@
 import gzip
 import struct
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
-from metaaug_fast.data import Idx
+from metaaug_fast.data import FashionMnist, Idx, Kmnist, Mnist
+from metaaug_fast.data.readers import idx as reader
 
 TRAIN, TEST = "train-images-idx3-ubyte", "t10k-images-idx3-ubyte"
 
@@ -149,8 +151,68 @@ def test_pairs_that_do_not_belong_together(root, digits):
         Idx(root)
 
 
+PUBLISHED = pytest.mark.parametrize("published", [Mnist, FashionMnist, Kmnist])
+SMALL = pytest.mark.filterwarnings("ignore:.*published pictures")
+
+
+@SMALL
+@PUBLISHED
+@pytest.mark.parametrize("splits", ["shuffled", "ordered"])
+def test_what_is_published_is_read_as_any_is(root, published, splits):
+    for split in ("train", "validation", "test", "all"):
+        data, expected = published(root, split, splits, seed=3), Idx(root, split, splits, seed=3)
+        assert data.names == expected.names
+        for index in range(len(data)):
+            assert torch.equal(data.class_samples(index), expected.class_samples(index))
+
+
+@SMALL
+@PUBLISHED
+def test_what_is_published_has_no_prefix(root, digits, published):
+    data = published(root, "all")
+    write(root, digits, prefix="emnist-balanced-")
+    assert torch.equal(published(root, "all").samples, data.samples)
+    for name in (TRAIN, TEST):
+        (root / name).unlink()
+    with pytest.raises(FileNotFoundError, match=r"train-images-idx3-ubyte, gzipped or not, is missing; download=True"):
+        published(root)
+
+
+@PUBLISHED
+def test_a_missing_half_is_named(root, published):
+    with pytest.warns(UserWarning, match=rf"^{root} holds 70 of 70,000 published pictures$"):
+        published(root)
+    (root / TEST).rename(root / TEST.replace("t10k", "test"))
+    (root / labels_of(TEST)).rename(root / labels_of(TEST).replace("t10k", "test"))
+    with pytest.warns(UserWarning, match=rf"^{root} holds 70 of 70,000 published pictures$"):
+        published(root)
+    (root / TRAIN).unlink()
+    with pytest.warns(UserWarning, match=rf"^{root} holds 20 of 70,000 .* pictures; it lacks train-images-idx3-ubyte$"):
+        published(root)
+
+
+def test_the_other_half_is_named_and_a_whole_set_warns_of_nothing(root, monkeypatch):
+    monkeypatch.setattr(reader, "PICTURES", 70)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Mnist(root)
+    (root / TEST).unlink()
+    with pytest.warns(UserWarning, match=r"holds 50 of 70 published pictures; it lacks t10k-images-idx3-ubyte$"):
+        Mnist(root)
+
+
+@PUBLISHED
+def test_arguments_of_the_published(root, published):
+    with pytest.raises(ValueError, match=r"split must be one of train, validation, test, all \(got 'valid'\)"):
+        published(root, "valid", download=True)
+    with pytest.raises(ValueError, match=r"splits must be one of shuffled, ordered \(got 'files'\)"):
+        published(root, splits="files", download=True)
+
+
 def test_real_digits(real_mnist):
-    data = Idx(real_mnist, "all")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = Mnist(real_mnist, "all")
     assert len(data) == 10
     assert data.counts.sum() == 70_000
     images, labels = (
@@ -162,5 +224,5 @@ def test_real_digits(real_mnist):
     )
     first = torch.frombuffer(bytearray(images[16 : 16 + 784]), dtype=torch.uint8).view(1, 28, 28)
     assert (data.class_samples(labels[8]) == first).flatten(1).all(1).any()
-    parts = [Idx(real_mnist, split) for split in ("train", "validation", "test")]
+    parts = [Mnist(real_mnist, split) for split in ("train", "validation", "test")]
     assert sorted(name for part in parts for name in part.names) == list("0123456789")
