@@ -7,23 +7,20 @@ import io
 import json
 import os
 import struct
-import urllib.error
-import urllib.request
 import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from ...checks import check_choice
 from ..cache import Arrays, cached_arrays, expanded, file_digest
 from ..division import PARTS, check_split, named_classes
+from ..download import fetch
 from ..samples import ClassSamples
 
 ARCHIVES = ("images_background", "images_evaluation")
@@ -158,36 +155,9 @@ def download_omniglot(root: str | os.PathLike[str], url: str = URL, md5: Mapping
         ConnectionError: the transfer failed, or what came has another digest; nothing is left behind.
     """
     folder = expanded(root)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, digest in md5.items():
-        if not (folder / name).exists() and not any(_drawings(folder / Path(name).stem)):
-            _fetch(f"{url}/{name}", folder / name, digest)
-
-
-def _fetch(url: str, path: Path, digest: str) -> None:
-    part = path.with_name(path.name + ".part")
-    check = hashlib.md5(usedforsecurity=False)
-    try:
-        try:
-            with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as file:
-                total = int(response.headers.get("Content-Length", 0)) or None
-                with tqdm(total=total, unit="B", unit_scale=True, desc=path.name) as bar:
-                    while block := response.read(1 << 16):
-                        file.write(block)
-                        check.update(block)
-                        bar.update(len(block))
-        except (urllib.error.URLError, HTTPException, ConnectionError, TimeoutError) as error:
-            raise ConnectionError(f"{url}: the download failed ({error}); try again") from error
-        if total is not None and bar.n != total:
-            raise ConnectionError(f"{url}: the transfer stopped after {bar.n} of {total} bytes; try again")
-        if check.hexdigest() != digest:
-            raise ConnectionError(
-                f"{url}: what came is not the published file (md5 {check.hexdigest()}, expected {digest}); try again, "
-                f"or put {path.name} into {path.parent} by hand"
-            )
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        if not any(_drawings(folder / Path(name).stem)):
+            fetch(f"{url}/{name}", folder / name, f"md5:{digest}")
 
 
 def _find(root: Path, name: str) -> Path:

@@ -152,7 +152,7 @@ def test_folder_of_nothing_beside_a_good_archive(root, within):
 
 def test_download_into_a_folder_of_nothing(root, monkeypatch):
     fetched = []
-    monkeypatch.setattr(omniglot, "_fetch", lambda url, path, digest: fetched.append(path.name))
+    monkeypatch.setattr(omniglot, "fetch", lambda url, path, digest: fetched.append(path.name))
     (root / "three").mkdir()
     omniglot.download_omniglot(root, md5={"one.zip": "", "three.zip": ""})
     assert fetched == ["three.zip"]
