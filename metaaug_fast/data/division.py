@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
+import torch
+
 from ..checks import check_choice
 from .samples import ClassSamples
 
@@ -63,3 +66,18 @@ def named_classes(data: ClassSamples, names: Iterable[str], splits: str, source:
             "read the whole archives, or take other splits"
         )
     return data.subset(rows[name] for name in names)
+
+
+def apart(data: ClassSamples) -> ClassSamples:
+    """The same classes in a tensor without samples of others, so that three parts do not hold three times the whole.
+
+    >>> whole = ClassSamples.from_arrays(torch.zeros(12, 2), torch.arange(12) % 3)
+    >>> part = whole.subset([2, 0])
+    >>> len(part.samples), len(apart(part).samples)
+    (12, 8)
+    """
+    sizes = data.counts.sum(1)
+    if sizes.sum() == len(data.samples):
+        return data
+    samples = torch.cat([data.class_samples(index) for index in range(len(data))])
+    return ClassSamples(samples, np.cumsum(sizes) - sizes, data.counts, data.names, data.styles)

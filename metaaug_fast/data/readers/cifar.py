@@ -20,7 +20,7 @@ import numpy as np
 
 from ...checks import check_choice
 from ..cache import expanded
-from ..division import PARTS, SHARES, check_split, named_classes, sizes_of_few
+from ..division import PARTS, SHARES, apart, check_split, named_classes, sizes_of_few
 from ..download import fetch
 from ..samples import ClassSamples
 
@@ -81,6 +81,7 @@ class Cifar10(ClassSamples):
         data, _ = _read(expanded(root), CIFAR10, 10, download)
         if split != "all":
             data = data.split_shares(sizes_of_few(len(data)), seed)[split]
+        data = apart(data)
         super().__init__(data.samples, data.first, data.counts, data.names)
 
 
@@ -121,6 +122,7 @@ class Cifar100(ClassSamples):
             data = data.split_shares(SHARES, seed)[split]
         elif split != "all":
             data = named_classes(data, cifar100_classes(splits)[split], splits, str(source))
+        data = apart(data)
         super().__init__(data.samples, data.first, data.counts, data.names)
 
 

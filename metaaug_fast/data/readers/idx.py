@@ -17,7 +17,7 @@ import numpy as np
 
 from ...checks import check_choice
 from ..cache import expanded
-from ..division import PARTS, check_split, sizes_of_few
+from ..division import PARTS, apart, check_split, sizes_of_few
 from ..download import fetch
 from ..samples import ClassSamples
 
@@ -67,7 +67,7 @@ class Idx(ClassSamples):
         if len(found) > 1:
             raise ValueError(f"{folder} holds several data sets, {', '.join(sorted(found))}; prefix=... picks one")
         (files,) = found.values()
-        data = _part(_joined(folder, files), split, splits, seed)
+        data = apart(_part(_joined(folder, files), split, splits, seed))
         super().__init__(data.samples, data.first, data.counts, data.names)
 
 
@@ -120,7 +120,7 @@ class Mnist(ClassSamples):
             )
         data = _joined(folder, files)
         _warn_of_gaps(folder, files, len(data.samples))
-        data = _part(data, split, splits, seed)
+        data = apart(_part(data, split, splits, seed))
         super().__init__(data.samples, data.first, data.counts, data.names)
 
 

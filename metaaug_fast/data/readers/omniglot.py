@@ -19,7 +19,7 @@ from PIL import Image
 
 from ...checks import check_choice
 from ..cache import Arrays, cached_arrays, expanded, file_digest
-from ..division import PARTS, check_split, named_classes
+from ..division import PARTS, apart, check_split, named_classes
 from ..download import fetch
 from ..samples import ClassSamples
 
@@ -128,6 +128,7 @@ class Omniglot(ClassSamples):
                 data = data if split == "test" else data.split_shares(BACKGROUND, seed)[split]
         if rotations or (rotations is None and split == "train"):
             data = data.with_rotations()
+        data = apart(data)
         super().__init__(data.samples, data.first, data.counts, data.names)
 
 

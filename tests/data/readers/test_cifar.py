@@ -154,6 +154,7 @@ def test_parts_share_no_class(root, classes, splits):
     assert [len(part) for part in parts] == SIZES[classes, splits]
     assert len({name for part in parts for name in part.names}) == classes
     whole = READER[classes](root, "all")
+    assert sum(len(part.samples) for part in parts) == len(whole.samples)  # nothing is held twice
     for part in parts:
         for index, name in enumerate(part.names):
             assert torch.equal(part.class_samples(index), whole.class_samples(whole.names.index(name)))

@@ -69,6 +69,7 @@ def test_gzipped_or_not_they_are_the_same(root, digits, tmp_path):
 def test_parts_share_no_class(root, splits):
     parts = [Idx(root, split, splits) for split in ("train", "validation", "test")]
     assert [len(part) for part in parts] == [6, 2, 2]
+    assert sum(len(part.samples) for part in parts) == len(Idx(root, "all").samples)  # nothing is held twice
     names = [name for part in parts for name in part.names]
     assert sorted(names) == list("0123456789")
     assert (names == sorted(names)) == (splits == "ordered")

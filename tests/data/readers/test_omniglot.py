@@ -87,6 +87,7 @@ def test_split_and_rotations(zips):
     parts = {split: Omniglot(zips, split, rotations=False) for split in ("train", "validation", "test")}
     assert {split: len(part) for split, part in parts.items()} == {"train": 28, "validation": 2, "test": 11}
     assert len({name for part in parts.values() for name in part.names}) == 41
+    assert sum(len(part.samples) for part in parts.values()) == 41 * DRAWINGS  # nothing is held twice
     turned = Omniglot(zips)
     assert len(turned) == 4 * 28
     assert turned.names[:28] == parts["train"].names
