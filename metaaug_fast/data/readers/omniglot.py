@@ -198,6 +198,8 @@ def _files(source: Path) -> Iterator[tuple[str, bytes]]:
     with zipfile.ZipFile(source) as archive:
         for name in archive.namelist():
             parts = name.split("/")
+            if name.startswith("/") or ".." in parts:
+                raise ValueError(f"its member {name!r} leaves the folder")
             if len(parts) == 4 and name.endswith(".png") and not parts[3].startswith("._"):
                 yield "/".join(parts[1:]), archive.read(name)
 

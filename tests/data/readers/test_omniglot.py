@@ -181,6 +181,39 @@ def test_damaged_zip(zips, damage):
         Omniglot(zips)
 
 
+def changed(path, change):
+    """The archive with other members, `{name: content}` as `change` gives them; whole as a zip."""
+    with zipfile.ZipFile(path) as file:
+        members = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in change(members).items():
+            file.writestr(name, content)
+
+
+@pytest.mark.parametrize("size", [0, 20, 60])
+def test_truncated_member(zips, rng, size):
+    path = zips / "images_background.zip"
+    name = rng.choice([name for name in zipfile.ZipFile(path).namelist() if name.endswith(".png")])
+    changed(path, lambda members: members | {name: members[name][:size]})
+    with pytest.raises(
+        ValueError, match=r"images_background\.zip cannot be read, at or after .* \(.+\); if it"
+    ) as caught:
+        Omniglot(zips)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["../Alphabet/character01/0001_01.png", "/Alphabet/character01/0001_01.png", "images_background/../x/1.png"]
+)
+def test_a_member_that_leaves_the_folder(zips, name):
+    changed(zips / "images_background.zip", lambda members: members | {name: next(reversed(members.values()))})
+    message = rf"images_background\.zip cannot be read, at or after .* \(its member '{name}' leaves the folder\); if it"
+    with pytest.raises(ValueError, match=message) as caught:
+        Omniglot(zips)
+    assert "\n" not in str(caught.value)
+    assert not (zips / "Alphabet").exists()
+
+
 def test_damaged_drawing(folders):
     path = next(folders.glob("images_background/*/*/*.png"))
     path.write_bytes(path.read_bytes()[:60])
