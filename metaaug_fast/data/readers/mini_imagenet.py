@@ -9,19 +9,18 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Literal
 
 import numpy as np
 import PIL
-import torch
 from PIL import Image
 
 from ...checks import check_choice, check_integer
 from .. import pictures
-from ..cache import Arrays, cached_arrays, expanded, file_digest
+from ..cache import Arrays, cached_samples, expanded, file_digest
 from ..division import PARTS, check_split
+from ..mapped import Rows
 from ..pictures import DAMAGE, array, decoded, resized
 from ..samples import ClassSamples
 
@@ -30,7 +29,7 @@ PUBLISHED = {"train": 38_400, "validation": 9_600, "test": 12_000}
 """Pictures in each part: of 64, 16 and 20 classes."""
 
 _COLUMNS = ("filename", "label")
-_STORED = ("images", "counts", "names", "damaged")
+_STORED = ("counts", "names", "damaged")
 _LAYOUT = "train.csv, val.csv and test.csv (columns filename,label) beside a folder images/"
 
 
@@ -73,23 +72,16 @@ class MiniImageNet(ClassSamples):
         # Those of other parts too, where there are any: they may have no class of this one.
         rows = {part: _rows(path) for part in PARTS if (path := _csv(folder, part, part in asked))}
         _check_apart(rows)
-        files = {part: _located(folder, rows[part]) for part in asked}
+        wanted = [row for part in asked for row in rows[part]]
+        files = _located(folder, wanted)
         code = [file_digest(Path(each)) for each in (__file__, pictures.__file__)]
-        stored = []
-        for part in asked:
-            made_from = [size, damaged, PIL.__version__, *code, *_state(folder, rows[part], files[part])]
-            read = partial(_read, rows[part], files[part], size, damaged)
-            stored.append(cached_arrays("mini_imagenet", made_from, read, cache_dir, names=_STORED))
-        _warn(rows, dict(zip(asked, stored, strict=True)))
-        images, counts, names = ([each[name] for each in stored] for name in ("images", "counts", "names"))
-        sizes = np.concatenate(counts)
-        super().__init__(
-            # Of one part without a copy, for it is large.
-            torch.from_numpy(images[0] if len(images) == 1 else np.concatenate(images)),
-            np.cumsum(sizes) - sizes,
-            sizes[:, None],
-            np.concatenate(names).tolist(),
+        made_from = [size, damaged, PIL.__version__, *code, *_state(folder, wanted, files)]
+        samples, stored = cached_samples(
+            "mini_imagenet", made_from, lambda kept: _read(kept, wanted, files, size, damaged), cache_dir, names=_STORED
         )
+        _warn({part: rows[part] for part in asked}, stored["damaged"].tolist())
+        sizes = stored["counts"]
+        super().__init__(samples, np.cumsum(sizes) - sizes, sizes[:, None], stored["names"].tolist())
 
 
 @dataclass(frozen=True)
@@ -206,14 +198,13 @@ def _state(root: Path, rows: Sequence[_Row], files: Sequence[Path]) -> tuple[str
     return str(root.resolve()), digest.hexdigest()
 
 
-def _read(rows: Sequence[_Row], files: Sequence[Path], size: int, damaged: str) -> Arrays:
-    """Decode the pictures of a part.
+def _read(kept: Rows, rows: Sequence[_Row], files: Sequence[Path], size: int, damaged: str) -> Arrays:
+    """Decode pictures into `kept`, uint8 `[3, size, size]`, class after class.
 
-    images: uint8 `[N, 3, size, size]`, class after class. counts, names: of the classes. damaged: a sentence for each
-    picture left out.
+    counts, names: of the classes. damaged: a sentence for each picture left out.
     """
-    images = np.empty((len(rows), 3, size, size), dtype=np.uint8)
-    counts = dict.fromkeys((row.label for row in rows), 0)
+    sources = {row.label: row.source for row in rows}
+    counts = dict.fromkeys(sources, 0)
     left_out: list[str] = []
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -226,29 +217,28 @@ def _read(rows: Sequence[_Row], files: Sequence[Path], size: int, damaged: str) 
                     raise ValueError(f'{reason}; replace it, or give damaged="skip"') from error
                 left_out.append(reason)
                 continue
-            images[sum(counts.values())] = array(resized(image, size))
+            kept.append(np.broadcast_to(array(resized(image, size)), (3, size, size)))
             counts[row.label] += 1
     for label, count in counts.items():
         if count < 2:
             raise ValueError(
                 f"a class must have two pictures or more that can be read (got {count} of {label!r} in "
-                f"{rows[0].source}); replace those that cannot"
+                f"{sources[label]}); replace those that cannot"
             )
     return {
-        "images": images[: sum(counts.values())],
         "counts": np.array([*counts.values()]),
         "names": np.array([*counts]),
         "damaged": np.array(left_out, dtype=str),
     }
 
 
-def _warn(rows: Mapping[str, Sequence[_Row]], stored: Mapping[str, Arrays]) -> None:
+def _warn(rows: Mapping[str, Sequence[_Row]], damaged: Sequence[str]) -> None:
+    named = {part: len(each) for part, each in rows.items()}
     said = []
-    for part, arrays in stored.items():
-        source, total = rows[part][0].source, len(rows[part])
-        if len(damaged := arrays["damaged"]):
-            said.append(f"{source}: {len(damaged)} of {total} pictures are skipped; the first: {damaged[0]}")
+    if damaged:
+        said.append(f"{len(damaged)} of {sum(named.values())} pictures are skipped; the first: {damaged[0]}")
+    for part, total in named.items():
         if total != PUBLISHED[part]:
-            said.append(f"{source} names {total:,} of {PUBLISHED[part]:,} published pictures")
+            said.append(f"{rows[part][0].source} names {total:,} of {PUBLISHED[part]:,} published pictures")
     for text in said:
         warnings.warn(text, stacklevel=3)
