@@ -21,6 +21,7 @@ from .fused import FusedExecutor, refusal
 from .losses import named
 from .lowering.trace import lower
 from .problem import InnerProblem, Query, Support
+from .split import SplitExecutor, tail_path, tail_problem
 
 BACKENDS = ("auto", "fused", "fallback")
 
@@ -129,6 +130,7 @@ def choose(
         problem.batch_norm,
         callable(problem.loss),
         problem.training,
+        tuple(problem.rates),  # of which a body that does not adapt can be told
         *(part.training for part in parts),
         *(part.__dict__.get("p") for part in parts),  # a dropout's, which may be set at any time
     )
@@ -153,6 +155,8 @@ def _make(
                 raise NotFusedError("the fused engine takes floating inputs (got token ids, int64)")
             return _make_fused(problem, sample_shape)
         except NotFusedError as error:
+            if split := _make_split(problem, sample_shape, backend, ids):
+                return split
             if backend == "fused":
                 raise
             reason = str(error)
@@ -182,6 +186,22 @@ def _make_fused(problem: InnerProblem, sample_shape: tuple[int, ...]) -> tuple[E
     executor = FusedExecutor(graph, problem.model)
     executor.engine(problem)  # the engine may refuse a graph too
     return executor, any(op.kind == "dropout" for op in graph.ops)
+
+
+def _make_split(
+    problem: InnerProblem, sample_shape: tuple[int, ...], backend: str, ids: bool
+) -> tuple[Executor, bool] | None:
+    """An executor for a model whose body does not adapt, and whether what does may drop anything."""
+    try:
+        whole = FallbackExecutor(problem.model, _output_shape(problem, sample_shape, ids))
+        found = tail_path(problem, sample_shape, ids)
+    except ValueError:  # the whole is none for the fallback, which says so
+        return None
+    if found is None:
+        return None
+    path, shape = found
+    tail, drops = choose(tail_problem(problem, path), shape, backend)
+    return SplitExecutor(path, tail, whole), drops
 
 
 def _name(function: object) -> str:

@@ -256,6 +256,10 @@ class FallbackExecutor:
             statistics.append([replace(each, mean=mean, variance=variance) for each, mean, variance in pairs])
         return output
 
+    def over_tasks(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """`function` of each task's `x`, stacked: by `torch.vmap`, where that takes it."""
+        return self._map(lambda each: (function(each),), x)[0]
+
     def _map(self, function: Callable[..., tuple[Tensor, ...]], *args: Tensor | None) -> tuple[Tensor, ...]:
         """`function` over the leading dimension of every argument that is not None; what it returns, stacked."""
         if not self.vectorised:

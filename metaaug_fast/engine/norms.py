@@ -63,10 +63,33 @@ def forward(
     """
     values = problem.at_row(parameters, max(step - 1, 0) if query else step)
     with ONE_AT_A_TIME:
-        # Copies, because a batch norm in training mode counts its batches in place.
-        buffers = {name: value.clone() for name, value in problem.model.named_buffers()}
-        with ModelPass(problem, task, 2 * step + query, buffers, statistics):
-            output = torch.func.functional_call(problem.model, {**values, **buffers}, (x,))
+        return _called(problem, values, x, ModelPass(problem, task, 2 * step + query, statistics))
+
+
+def forward_until(problem: InnerProblem, parameters: dict[str, Tensor], x: Tensor, path: str) -> tuple[Tensor, int]:
+    """What the model calls its submodule at `path` with in a pass, once and alone; and how often dropout drops before.
+
+    Shared by all tasks and steps: see `forward`.
+    """
+    mode = ModelPass(problem, 0, 0, None)
+    reached: list[tuple[Tensor, int]] = []
+    with ONE_AT_A_TIME:
+        part = problem.model.get_submodule(path)
+        hook = part.register_forward_pre_hook(lambda _, given: reached.append((given[0], mode.site)))
+        try:
+            _called(problem, parameters, x, mode)
+        finally:
+            hook.remove()
+    (found,) = reached
+    return found
+
+
+def _called(problem: InnerProblem, values: dict[str, Tensor], x: Tensor, mode: ModelPass) -> Tensor:
+    # Copies, because a batch norm in training mode counts its batches in place.
+    buffers = {name: value.clone() for name, value in problem.model.named_buffers()}
+    mode.names = {id(value): name for name, value in buffers.items()}
+    with mode:
+        output = torch.func.functional_call(problem.model, {**values, **buffers}, (x,))
     if not isinstance(output, Tensor):
         raise TypeError(f"model must return one tensor (got {type(output).__name__})")
     return output
@@ -125,12 +148,11 @@ class ModelPass(TorchFunctionMode):
         problem: InnerProblem,
         task: int | Tensor,
         step_pass: int,
-        buffers: dict[str, Tensor],
         statistics: list[BatchStatistics] | None,
     ) -> None:
         super().__init__()
         self.problem, self.task, self.step_pass = problem, task, step_pass
-        self.names = {id(value): name for name, value in buffers.items()}
+        self.names: dict[int, str] = {}  # of buffers
         self.statistics = statistics
         self.site = 0
 

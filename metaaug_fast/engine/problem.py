@@ -211,7 +211,7 @@ def check_support(problem: InnerProblem, support: Support, output_shape: tuple[i
         if callable(problem.loss):
             raise ValueError("sample_weight needs a named loss (got a callable, which must weigh its samples itself)")
         _check_shape("sample_weight", weight, (tasks, samples))
-        _check_like("sample_weight", weight, support.x)
+        _check_like("sample_weight", weight, *_kind_of(problem, support.x, "support_x"))
     if rows is not None:
         if rows.dtype != torch.int64 or rows.ndim != 3 or rows.shape[:2] != (tasks, problem.steps) or not rows.shape[2]:
             raise ValueError(
@@ -225,7 +225,7 @@ def check_support(problem: InnerProblem, support: Support, output_shape: tuple[i
             )
     if initial is not None:
         _check_shape("initial", initial, (tasks, sum(value.numel() for value in problem.parameters.values())))
-        _check_like("initial", initial, support.x)
+        _check_like("initial", initial, *_kind_of(problem, support.x, "support_x"))
 
 
 def check_query(problem: InnerProblem, support: Support, query: Query, output_shape: tuple[int, ...]) -> None:
@@ -238,7 +238,7 @@ def check_query(problem: InnerProblem, support: Support, query: Query, output_sh
         if not problem.steps:
             raise ValueError("step_weights needs steps >= 1 (got 0)")
         _check_shape("step_weights", query.step_weights, (problem.steps,))
-        _check_like("step_weights", query.step_weights, query.x, "query_x")
+        _check_like("step_weights", query.step_weights, *_kind_of(problem, query.x, "query_x"))
 
 
 def check_inputs(problem: InnerProblem, name: str, x: Tensor) -> None:
@@ -380,12 +380,19 @@ def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must have shape {tuple(shape)} (got {tuple(value.shape)})")
 
 
+def _kind_of(problem: InnerProblem, x: Tensor, name: str) -> tuple[Tensor, str]:
+    """What has the dtype of the computation, and its name: samples, or where these are token ids, the parameters."""
+    if x.is_floating_point():
+        return x, name
+    return next(iter(problem.parameters.values())), "the model's parameters"
+
+
 def _check_device(name: str, value: Tensor, like: Tensor, whose: str) -> None:
     if value.device != like.device:
         raise ValueError(f"{name} must be on the device of {whose} (got {value.device}, {like.device})")
 
 
-def _check_like(name: str, value: Tensor, like: Tensor, whose: str = "support_x") -> None:
+def _check_like(name: str, value: Tensor, like: Tensor, whose: str) -> None:
     _check_device(name, value, like, whose)
     if value.dtype != like.dtype:
         raise ValueError(f"{name} must have the dtype of {whose} (got {value.dtype}, {like.dtype})")

@@ -69,17 +69,24 @@ def make_sources(
 
 
 def make_episodes(config: Config, split: str, source: TaskSource) -> Episodes:
-    """Batches of tasks of a split; those of validation and test are the same whatever the run's seed."""
+    """Batches of tasks of a split; those of validation and test are the same whatever the run's seed.
+
+    Raises:
+        ValueError: the split has too few classes, samples or styles.
+    """
     training, sampling = split == "train", config.sampling
-    return Episodes(
-        source,
-        ways=(training and sampling.train_ways) or sampling.ways,
-        shots=(training and sampling.train_shots) or sampling.shots,
-        queries=(training and sampling.train_queries) or sampling.queries,
-        tasks=sampling.tasks,
-        seed=config.training.seed if training else -PARTS.index(split),
-        split_styles=sampling.split_styles,
-    )
+    try:
+        return Episodes(
+            source,
+            ways=(training and sampling.train_ways) or sampling.ways,
+            shots=(training and sampling.train_shots) or sampling.shots,
+            queries=(training and sampling.train_queries) or sampling.queries,
+            tasks=sampling.tasks,
+            seed=config.training.seed if training else -PARTS.index(split),
+            split_styles=sampling.split_styles,
+        )
+    except ValueError as error:
+        raise ValueError(f"{error}, in split {split}") from error
 
 
 def target_shape_of(source: Any) -> tuple[int, ...] | None:
