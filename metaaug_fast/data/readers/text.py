@@ -7,7 +7,7 @@ import json
 import os
 import re
 import warnings
-from collections import Counter
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...checks import check_integer
+from ...checks import check_count, check_integer
 from ..cache import expanded
 from ..division import check_split, part_of
 from ..samples import ClassSamples
 
 CLINC150 = "data_full.json"
 """The file that is read where `root` is a folder."""
-
-PADDING, UNKNOWN = "<padding>", "<unknown>"
-"""The words of ids 0 and 1."""
 
 _WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 
@@ -39,15 +36,14 @@ class Text(ClassSamples):
             ...], ...}`, or the folder with its `data_full.json`. Of JSON, what is called `oos...` (out of scope) is
             left out.
         split: `"train"`, `"validation"`, `"test"` or `"all"`.
-        tokenizer: `"words"`: words in small letters, and punctuation. Their ids are 2, 3, ... from the most frequent
-            on, and by alphabet among equals, of those in the training classes; 1 is any other. Or a function from a
-            list of sentences to a list of lists of ids, or to a mapping with these as `input_ids`.
+        tokenizer: `"words"`: words in small letters, and punctuation; or a function from a list of sentences to a list
+            of lists of ids, or to a mapping with these as `input_ids`.
         length: ids of a sentence; what is longer is cut, with a warning that counts.
+        vocabulary: ids are below it. A word's id is its hash, `1 + crc32(word) % (vocabulary - 1)` (the hashing trick,
+            Weinberger et al. 2009, arXiv 0902.2206): the same one in every file, part and process, whether or not it
+            has been trained on. Some words share one: 1,137 of CLINC150's 6,429 do at the default.
         text, label: the columns of a csv file.
         seed: of the shuffle of classes.
-
-    Attributes:
-        vocabulary: the word of each id, `"<padding>"` and `"<unknown>"` first; None with a tokenizer of your own.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -63,7 +59,6 @@ class Text(ClassSamples):
     """
 
     default_model = None  # networks that end in an embedding of ids are the user's
-    vocabulary: tuple[str, ...] | None = None
 
     def __init__(
         self,
@@ -71,12 +66,14 @@ class Text(ClassSamples):
         split: str = "train",
         tokenizer: str | Callable[[list[str]], Any] = "words",
         length: int = 32,
+        vocabulary: int = 32768,
         text: str = "text",
         label: str = "label",
         seed: int = 0,
     ) -> None:
         check_split(split)
         check_integer("length", length, low=1)
+        check_count("vocabulary", vocabulary, low=2)
         check_integer("seed", seed)
         if not callable(tokenizer) and tokenizer != "words":
             raise ValueError(
@@ -88,11 +85,9 @@ class Text(ClassSamples):
         part = part_of(rows, split, seed)
         chosen = _sentences(sentences, part)
         if callable(tokenizer):
-            ids = _checked(tokenizer(chosen), chosen)
+            ids = _checked(tokenizer(chosen), chosen, vocabulary)
         else:
-            self.vocabulary = _vocabulary(_sentences(sentences, part_of(rows, "train", seed)))
-            id_of = {word: index for index, word in enumerate(self.vocabulary)}
-            ids = [np.array([id_of.get(word, 1) for word in _words(each)]) for each in chosen]
+            ids = [np.array([_id(word, vocabulary) for word in _words(each)]) for each in chosen]
         if longer := sum(len(each) > length for each in ids):
             warnings.warn(
                 f"{path}: {longer} of {len(ids)} sentences have more than {length} tokens and are cut", stacklevel=2
@@ -102,6 +97,7 @@ class Text(ClassSamples):
             row[: len(each)] = each[:length]
         sizes = part.counts.sum(1)
         super().__init__(torch.from_numpy(samples), np.cumsum(sizes) - sizes, part.counts, part.names)
+        self.vocabulary = vocabulary
 
 
 def _sentences(sentences: Sequence[str], part: ClassSamples) -> list[str]:
@@ -195,17 +191,16 @@ def _words(sentence: str) -> list[str]:
     return _WORD.findall(sentence.lower())
 
 
-def _vocabulary(sentences: Sequence[str]) -> tuple[str, ...]:
-    """Words from the most frequent on, those of one frequency by alphabet.
+def _id(word: str, vocabulary: int) -> int:
+    """By hashing, 1 to `vocabulary - 1`: 0 is padding.
 
-    >>> _vocabulary(["b a", "c b"])
-    ('<padding>', '<unknown>', 'b', 'a', 'c')
+    >>> _id("hello", 32768)
+    4777
     """
-    counts = Counter(word for sentence in sentences for word in _words(sentence))
-    return PADDING, UNKNOWN, *sorted(counts, key=lambda word: (-counts[word], word))
+    return 1 + zlib.crc32(word.encode(errors="surrogatepass")) % (vocabulary - 1)
 
 
-def _checked(given: Any, sentences: Sequence[str]) -> list[np.ndarray]:
+def _checked(given: Any, sentences: Sequence[str], vocabulary: int) -> list[np.ndarray]:
     """What a tokenizer gives, as ids of each sentence."""
     wanted = "tokenizer must give a list of ids for each sentence, or a mapping with these as input_ids"
     if isinstance(given, Mapping):
@@ -226,5 +221,10 @@ def _checked(given: Any, sentences: Sequence[str]) -> list[np.ndarray]:
             raise ValueError(f"{wanted} (got {str(ids)[:60]!r} for {sentence!r})")
         if array.dtype.kind not in "iu" or array.min() < 0 or array.max() > np.iinfo(np.int64).max:
             raise ValueError(f"{wanted}, integers >= 0 (got {str(ids)[:60]} for {sentence!r})")
+        if array.max() >= vocabulary:
+            raise ValueError(
+                f"tokenizer must give ids below vocabulary, {vocabulary} (got {array.max()} for {sentence!r}); "
+                "vocabulary=... says how many it has"
+            )
         found.append(array)
     return found

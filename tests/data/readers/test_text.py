@@ -1,5 +1,6 @@
 """Sentences of csv files and of CLINC150, their words, tokenizers of one's own, and what is wrong in them."""
 
+import binascii
 import csv
 import json
 import re
@@ -11,8 +12,10 @@ import pytest
 import torch
 
 from metaaug_fast.data import Text
+from metaaug_fast.data.readers.text import _words
 from metaaug_fast.runs import configure
 from metaaug_fast.runs.build import make_sources
+from tests.building import python
 
 SPLITS = ("train", "validation", "test")
 
@@ -40,54 +43,54 @@ def path(tmp_path, said):
     return write(tmp_path / "said.csv", said)
 
 
-def sentences(data):
-    """Of each class, its sentences in words, as the vocabulary has them."""
-    return {
-        name: [[data.vocabulary[word] for word in row if word] for row in data.class_samples(index).tolist()]
-        for index, name in enumerate(data.names)
-    }
+def ids_of(words, vocabulary=32768):
+    return [1 + binascii.crc32(word.encode()) % (vocabulary - 1) for word in words]
 
 
-def test_every_sentence_is_in_its_class(path, said):
-    data = Text(path, "all", length=9)
-    assert data.samples.dtype == torch.int64
-    assert data.sample_shape == (9,)
-    assert len(data) == 25
-    assert data.names == tuple(f"label {label:02}" for label in range(25))
-    known = set(data.vocabulary)
-    for name, found in sentences(data).items():
-        expected = [text.split() for text, label in said if label == name]
-        assert found == [[word if word in known else "<unknown>" for word in text] for text in expected]
+def padded(ids, length):
+    return [*ids, *[0] * (length - len(ids))]
 
 
-def test_the_vocabulary_is_of_the_training_classes_alone(path, said, rng):
+def test_every_sentence_is_in_its_class(path, said, rng):
+    vocabulary = int(rng.integers(2, 10**6))
+    for data in (Text(path, "all", length=9), Text(path, "all", length=9, vocabulary=vocabulary)):
+        assert data.samples.dtype == torch.int64
+        assert data.sample_shape == (9,)
+        assert data.names == tuple(f"label {label:02}" for label in range(25))
+        for index, name in enumerate(data.names):
+            expected = [padded(ids_of(text.split(), data.vocabulary), 9) for text, label in said if label == name]
+            assert data.class_samples(index).tolist() == expected
+    assert data.vocabulary == vocabulary
+    assert data.samples.max() < vocabulary
+
+
+def test_parts_are_of_other_classes_but_have_the_same_words(path, said, rng):
     seed = int(rng.integers(2**30))
-    parts = {split: Text(path, split, seed=seed) for split in SPLITS}
+    parts = {split: Text(path, split, seed=seed, length=9) for split in SPLITS}
     assert [len(part) for part in parts.values()] == [16, 4, 5]
     assert sorted(name for part in parts.values() for name in part.names) == [
         f"label {label:02}" for label in range(25)
     ]
-    counts = Counter(word for text, label in said if label in parts["train"].names for word in text.split())
-    expected = sorted(counts, key=lambda word: (-counts[word], word))
-    for part in (*parts.values(), Text(path, "all", seed=seed)):
-        assert part.vocabulary == ("<padding>", "<unknown>", *expected)
-    assert (parts["train"].samples != 1).all()
-    for split in ("validation", "test"):  # each sentence ends in a word that no other class has
-        ends = [row[row > 0][-1] for row in parts[split].samples]
-        assert ends == [1] * len(ends)
+    for part in parts.values():
+        expected = [padded(ids_of(text.split()), 9) for name in part.names for text, label in said if label == name]
+        assert part.samples.tolist() == expected
     assert Text(path, seed=seed + 1).names != parts["train"].names
+
+
+def test_a_word_has_one_id_in_every_file_and_process(path, said, tmp_path):
+    kept = [(text, label) for text, label in said if label < "label 10"]
+    shorter = Text(write(tmp_path / "other.csv", kept[::-1]), "all", length=9)
+    whole = Text(path, "all", length=9)
+    for index in range(10):
+        assert sorted(shorter.class_samples(index).tolist()) == sorted(whole.class_samples(index).tolist())
+    program = f"from metaaug_fast.data import Text; print(Text({str(path)!r}, 'all', length=9).samples.tolist())"
+    assert json.loads(python(program)) == whole.samples.tolist()
 
 
 def test_words_and_punctuation(tmp_path):
     path = write(tmp_path / "x.csv", [('What\'s up, "Jo"?', "a"), ("jo is UP! Ärger’s up", "b")])
-    data = Text(path, "all", seed=0, length=12)
-    train = Text(path, "train", seed=0).names[0]
-    said = {"a": ["what's", "up", ",", '"', "jo", '"', "?"], "b": ["jo", "is", "up", "!", "ärger’s", "up"]}
-    known = set(said[train])
-    assert sentences(data) == {
-        name: [[word if word in known else "<unknown>" for word in words]] for name, words in said.items()
-    }
-    assert data.vocabulary[2] == {"a": '"', "b": "up"}[train]
+    said = [["what's", "up", ",", '"', "jo", '"', "?"], ["jo", "is", "up", "!", "ärger’s", "up"]]
+    assert Text(path, "all", length=12).samples.tolist() == [padded(ids_of(words), 12) for words in said]
 
 
 def test_long_sentences_are_cut_and_counted(path, said):
@@ -154,16 +157,25 @@ def test_a_tokenizer_of_ones_own(path, said, form):
         return form(hashed(texts))
 
     data = Text(path, "test", tokenizer, length=9)
-    assert data.vocabulary is None
     ((texts),) = asked
     assert type(texts) is list
     assert sorted(texts) == sorted(text for text, label in said if label in data.names)
-    expected = [[*ids, *[0] * (9 - len(ids))] for ids in hashed(texts)]
-    assert data.samples.tolist() == expected
+    assert data.samples.tolist() == [padded(ids, 9) for ids in hashed(texts)]
 
 
 def map_to_square(ids):
-    return torch.tensor([[*each, *[0] * (9 - len(each))] for each in ids])
+    return torch.tensor([padded(each, 9) for each in ids])
+
+
+def test_a_tokenizer_has_a_vocabulary_of_its_own(path, rng):
+    largest = int(rng.integers(32768, 10**6))
+    given = {"tokenizer": lambda texts: [[7, largest] for _ in texts]}
+    for size in (32768, largest):
+        with pytest.raises(
+            ValueError, match=rf"below vocabulary, {size} \(got {largest} for 'w.*'\); vocabulary=\.\.\."
+        ):
+            Text(path, **given, vocabulary=size)
+    assert Text(path, **given, vocabulary=largest + 1).vocabulary == largest + 1
 
 
 @pytest.mark.parametrize(
@@ -255,6 +267,8 @@ def test_no_file(tmp_path):
     [
         ({"split": "dev"}, ValueError, "split must be one of train, validation, test, all"),
         ({"length": 0}, ValueError, "length must be >= 1"),
+        ({"vocabulary": 1}, ValueError, "vocabulary must be >= 2"),
+        ({"vocabulary": 9.0}, TypeError, "vocabulary must be an integer"),
         ({"seed": 0.5}, TypeError, "seed must be an integer"),
         ({"tokenizer": "letters"}, ValueError, r'tokenizer must be "words" or a function from .* \(got \'letters\'\)'),
         ({"tokenizer": None}, ValueError, r"tokenizer must be .* \(got None\)"),
@@ -286,8 +300,16 @@ def test_the_real_sentences(real_clinc150):
     assert [len(part) for part in parts] == [96, 24, 30]
     assert all((part.counts == 150).all() for part in parts)
     assert not any(name.startswith("oos") for part in parts for name in part.names)
-    train, _, test = parts
-    assert 4000 < len(train.vocabulary) < 6000
-    assert train.samples.max() == len(train.vocabulary) - 1
-    # New intents are asked about in words that are mostly known.
-    assert 0.01 < (test.samples == 1).sum() / (test.samples > 0).sum() < 0.1
+    # As the docstring says.
+    words = {word for pairs in real_pairs(real_clinc150) for text, _ in pairs for word in _words(text)}
+    sharing = Counter(ids_of(words))
+    assert (len(words), sum(count for count in sharing.values() if count > 1)) == (6429, 1137)
+    for count in ("1,137", "6,429"):
+        assert count in Text.__doc__
+    found = {each for part in parts for each in part.samples.unique().tolist()} - {0}
+    assert found == set(sharing)
+
+
+def real_pairs(folder):
+    content = json.loads((folder / "data_full.json").read_text())
+    return [pairs for part, pairs in content.items() if not part.startswith("oos")]
