@@ -6,6 +6,7 @@ from .fixed import load_tasks, save_tasks
 from .readers import (
     Cifar10,
     Cifar100,
+    Clinc150,
     FashionMnist,
     Folder,
     Glyphs,
@@ -29,6 +30,7 @@ __all__ = [
     "Cifar100",
     "ClassImages",
     "ClassSamples",
+    "Clinc150",
     "Draws",
     "EpisodeSpec",
     "Episodes",

@@ -5,6 +5,7 @@ A reader is a class whose objects tasks can be drawn from. Its constructor's arg
 """
 
 from .cifar import Cifar10, Cifar100
+from .clinc150 import Clinc150
 from .folder import Folder
 from .glyphs import Glyphs
 from .idx import FashionMnist, Idx, Kmnist, Mnist
@@ -21,7 +22,7 @@ READERS = {
     "idx": Idx,
     "kmnist": Kmnist,
     "mnist": Mnist,
-    "clinc150": Text,
+    "clinc150": Clinc150,
     "csv": Text,
     "folder": Folder,
     "mini_imagenet": MiniImageNet,
@@ -33,6 +34,7 @@ READERS = {
 __all__ = [
     "Cifar10",
     "Cifar100",
+    "Clinc150",
     "FashionMnist",
     "Folder",
     "Glyphs",

@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import io
+import json
 import pickle
 import struct
 import tarfile
@@ -11,9 +12,9 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from metaaug_fast.data import Cifar10, Cifar100, FashionMnist, Kmnist, Mnist
+from metaaug_fast.data import Cifar10, Cifar100, Clinc150, FashionMnist, Kmnist, Mnist
 from metaaug_fast.data.download import fetch
-from metaaug_fast.data.readers import cifar
+from metaaug_fast.data.readers import cifar, clinc150
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*published pictures")
 
@@ -43,12 +44,14 @@ def published(tmp_path, rng):
         (folder / name).write_bytes(gzip.compress(header + values.tobytes()))
     for classes in (10, 100):
         (folder / f"cifar-{classes}-python.tar.gz").write_bytes(cifar_archive(classes, rng))
+    pairs = [[f"word {number}", str(number % 10)] for number in rng.integers(0, 10**6, 99).tolist()]
+    (folder / "data_full.json").write_text(json.dumps({"train": pairs}))
     return folder
 
 
 MNISTS = (Mnist, FashionMnist, Kmnist)
-ADDRESSES = [*((reader, "url") for reader in MNISTS), (cifar, "URL")]
-DIGESTS = [*((reader, "digests") for reader in MNISTS), (cifar, "DIGESTS")]
+ADDRESSES = [*((reader, "url") for reader in MNISTS), (cifar, "URL"), (clinc150, "URL")]
+DIGESTS = [*((reader, "digests") for reader in MNISTS), (cifar, "DIGESTS"), (clinc150, "DIGESTS")]
 
 
 def move(monkeypatch, url):
@@ -86,6 +89,7 @@ READERS = {
     **{reader: list(reader.digests) for reader in MNISTS},
     Cifar10: ["cifar-10-python.tar.gz"],
     Cifar100: ["cifar-100-python.tar.gz"],
+    Clinc150: ["data_full.json"],
 }
 
 
@@ -138,6 +142,11 @@ def test_the_real_files_have_the_digests(real_mnist):
     for name, digest in Mnist.digests.items():
         algorithm, _, value = digest.partition(":")
         assert hashlib.new(algorithm, (real_mnist / name).read_bytes()).hexdigest() == value
+
+
+def test_the_real_sentences_have_the_digest(real_clinc150):
+    for name, digest in clinc150.SHA256.items():
+        assert hashlib.sha256((real_clinc150 / name).read_bytes()).hexdigest() == digest
 
 
 def test_official_addresses():

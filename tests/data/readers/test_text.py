@@ -1,18 +1,17 @@
-"""Sentences of csv files and of CLINC150, their words, tokenizers of one's own, and what is wrong in them."""
+"""Sentences of csv files, their words, tokenizers of one's own, and what is wrong in them."""
 
 import binascii
 import csv
 import json
 import re
 import warnings
-from collections import Counter, UserDict
+from collections import UserDict
 
 import numpy as np
 import pytest
 import torch
 
 from metaaug_fast.data import Text
-from metaaug_fast.data.readers.text import _words
 from metaaug_fast.runs import configure
 from metaaug_fast.runs.build import make_sources
 from tests.building import python
@@ -123,17 +122,6 @@ def test_columns_by_name(tmp_path, said, path):
         Text(other, text="intent", label="intent")
 
 
-def test_clinc150_has_all_its_parts_but_what_is_out_of_scope(tmp_path, said, path):
-    pairs = [list(pair) for pair in said]
-    nonsense = [["what is out of scope", "oos"]] * 3
-    content = {"oos_val": nonsense, "train": pairs[:20], "oos_test": nonsense, "val": pairs[20:30], "test": pairs[30:]}
-    (tmp_path / "data_full.json").write_text(json.dumps(content))
-    for root in (tmp_path, tmp_path / "data_full.json"):
-        data = Text(root, "all")
-        assert data.names == Text(path, "all").names
-        assert torch.equal(data.samples, Text(path, "all").samples)
-
-
 def hashed(texts):
     return [[len(word) + 7 for word in text.split()] for text in texts]
 
@@ -207,7 +195,7 @@ def test_tokenizers_that_give_something_else(path, gives, error, message):
     [
         ("", r"must begin with a line that names its columns \(got an empty one\)"),
         ("\n\ntext,label\n", r"must begin with a line that names its columns"),
-        ("text,label\n", r"must have sentences \(got nothing below the names of its columns\)"),
+        ("text,label\n", r"x\.csv must have sentences \(got none\)"),
         ("text,label\nhi,a\n  ,b\n", r"line 3 of .*x\.csv must have a sentence \(got '  '\)"),
         ("text,label\nhi,a\nho,\n", r"line 3 of .*x\.csv must have a label \(got ''\)"),
         ("text,label\nhi,NaN\n", r"line 2 of .*x\.csv must have a label \(got 'NaN'\)"),
@@ -232,33 +220,9 @@ def test_blank_lines_and_quotes(tmp_path):
     assert data.samples[:, 0].tolist() == [len('hi, "you"'), len("bye"), len("hi\nthere")]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", r"data_full\.json is no JSON \(.*\); it must be \{\"train\": \[\[text, label\], \.\.\.\]"),
-        ('{"train": [', r"is no JSON \("),
-        ("\udcff", r"is no JSON \("),
-        ("[" * 100_000, r"is no JSON \("),
-        ("[]", r"must be .* as CLINC150 is \(got a list\)"),
-        ("{}", r"must have sentences \(got none in an empty mapping\)"),
-        ('{"train": [], "oos_val": [["x", "oos"]]}', r"must have sentences \(got none in train, oos_val\)"),
-        ('{"train": {}}', r"must be .* \(got a dict in 'train'\)"),
-        ('{"train": [["x", "a"], "y"]}', r"must be .* \(got y as train\[1\]\)"),
-        ('{"train": [["x"]]}', r"must be .* \(got \['x'\] as train\[0\]\)"),
-        ('{"train": [["x", null]]}', r"must be .* \(got \['x', None\] as train\[0\]\)"),
-        ('{"val": [["x", " "]]}', r"val\[0\] of .* must have a label \(got ''\)"),
-        ('{"val": [["", "a"]]}', r"val\[0\] of .* must have a sentence \(got ''\)"),
-    ],
-)
-def test_json_that_is_none(tmp_path, content, message):
-    (tmp_path / "data_full.json").write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=message):
-        Text(tmp_path)
-
-
 def test_no_file(tmp_path):
-    for root, missing in ((tmp_path, tmp_path / "data_full.json"), (tmp_path / "x.csv", tmp_path / "x.csv")):
-        with pytest.raises(FileNotFoundError, match=re.escape(f"{missing} is missing; root must be a csv file, or")):
+    for root in (tmp_path, tmp_path / "x.csv"):
+        with pytest.raises(FileNotFoundError, match=re.escape(f"root must be a csv file (there is none at {root})")):
             Text(root)
 
 
@@ -285,31 +249,7 @@ def test_too_few_classes_to_divide(tmp_path):
         Text(path, "test")
 
 
-@pytest.mark.parametrize("name", ["csv", "clinc150"])
-def test_a_run_reads_it(path, name):
-    content = {"learner": {"name": "protonet"}, "data": {"name": name}, "model": {"name": "mlp"}}
+def test_a_run_reads_it(path):
+    content = {"learner": {"name": "protonet"}, "data": {"name": "csv"}, "model": {"name": "mlp"}}
     sources = make_sources(configure(content, ["--root", str(path), "--length=11"]).data)
     assert [(len(part), part.sample_shape) for part in sources.values()] == [(n, (11,)) for n in (16, 4, 5)]
-    del content["model"]
-    with pytest.raises(ValueError, match=f"model must be given: data {name} names none that suits it"):
-        configure(content, ["--root", str(path)])
-
-
-def test_the_real_sentences(real_clinc150):
-    parts = [Text(real_clinc150, split) for split in SPLITS]
-    assert [len(part) for part in parts] == [96, 24, 30]
-    assert all((part.counts == 150).all() for part in parts)
-    assert not any(name.startswith("oos") for part in parts for name in part.names)
-    # As the docstring says.
-    words = {word for pairs in real_pairs(real_clinc150) for text, _ in pairs for word in _words(text)}
-    sharing = Counter(ids_of(words))
-    assert (len(words), sum(count for count in sharing.values() if count > 1)) == (6429, 1137)
-    for count in ("1,137", "6,429"):
-        assert count in Text.__doc__
-    found = {each for part in parts for each in part.samples.unique().tolist()} - {0}
-    assert found == set(sharing)
-
-
-def real_pairs(folder):
-    content = json.loads((folder / "data_full.json").read_text())
-    return [pairs for part, pairs in content.items() if not part.startswith("oos")]
