@@ -16,7 +16,7 @@ from .. import files
 from ..learners.base import Learner
 from ..report.plots import plot_episode, plot_sinusoid
 from ..runs import checkpoint as checkpoints
-from ..runs.build import check_ways, make_episodes, make_sources, target_shape_of
+from ..runs.build import check_ways, make_episodes, make_sources, target_shape_of, vocabulary_of
 from ..runs.config import Config, configure
 from ..runs.evaluation import device_of
 from ..runs.experiment import beside, check_test_steps, judge, write_report
@@ -93,7 +93,8 @@ def _parser() -> Parser:
 
 
 def _check_shapes(before: Config, after: Config, source: Any) -> None:
-    """ValueError unless another data set has samples and targets of the kind that the learner was trained on."""
+    """ValueError unless the data have samples and targets of the kind that the learner was trained on."""
+    _check_ids(before, after, source)
     if after.data.name == before.data.name:
         return
     made_for = None if before.model is None else before.model.fields.get("sample_shape")
@@ -106,6 +107,17 @@ def _check_shapes(before: Config, after: Config, source: Any) -> None:
     if target_shape_of(source) != trained_on:
         kinds = ["classes" if shape is None else "numbers" for shape in (trained_on, target_shape_of(source))]
         raise ValueError(f"--data must have {kinds[0]} for targets, as {before.data.name} (got {kinds[1]})")
+
+
+def _check_ids(before: Config, after: Config, source: Any) -> None:
+    """ValueError where words have other ids than those that the learner was trained on."""
+    model = {} if before.model is None else before.model.fields
+    was = {"vocabulary": model.get("vocabulary"), **before.data.fields}
+    now = {"vocabulary": vocabulary_of(source), **after.data.fields}
+    for name in ("vocabulary", "tokenizer"):
+        one, other = was.get(name), now.get(name)
+        if one is not None and other not in (None, one):
+            raise ValueError(f"data.{name} must be what the learner was trained with, {one} (got {other})")
 
 
 def _check_format(path: Path) -> None:

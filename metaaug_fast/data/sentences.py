@@ -41,7 +41,7 @@ class Sentences(ClassSamples):
         TypeError, ValueError: `tokenizer` gives something else, or an argument is out of range.
     """
 
-    default_model = None  # networks that begin with an embedding of ids are the user's
+    default_model = "deep_averaging"
 
     def __init__(
         self,

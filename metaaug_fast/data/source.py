@@ -45,8 +45,9 @@ class TaskSource(Protocol):
     """Anything tasks can be drawn from: `ClassSamples`, `Sinusoids`, or a class of your own.
 
     A run also reads attributes, where there are any: `target_shape` of a sample, if targets are numbers rather than
-    class ids; `default_model`, the name of a model that suits it; `ids`, whether inputs are token ids. A source of
-    classes takes `split` in its constructor, "train", "validation" or "test".
+    class ids; `default_model`, the name of a model that suits it; `ids`, whether inputs are token ids, and
+    `vocabulary`, which these are below. A source of classes takes `split` in its constructor, "train", "validation" or
+    "test".
     """
 
     @property

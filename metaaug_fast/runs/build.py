@@ -15,7 +15,7 @@ from ..data import ClassSamples, Episodes, TaskSource
 from ..data.division import PARTS, SHARES
 from ..learners.base import Learner
 from .config import Config, Part
-from .fields import as_declared, parameters_of
+from .fields import FROM_DATA, as_declared, parameters_of
 from .registry import DATA, LEARNERS, MODELS, find_data, find_learner, find_model, is_data
 
 
@@ -94,19 +94,29 @@ def target_shape_of(source: Any) -> tuple[int, ...] | None:
     return getattr(source, "target_shape", None)
 
 
+def vocabulary_of(source: Any) -> int | None:
+    """What its token ids are below; None: it does not say."""
+    found = getattr(source, "vocabulary", None)
+    return found if isinstance(found, int) else None
+
+
 def fitted(
     config: Config,
     sample_shape: Sequence[int],
     target_shape: Sequence[int] | None,
+    vocabulary: int | None = None,
+    *,
     allow: Collection[str] | None = None,
 ) -> Config:
-    """The configuration whose model fits data of these shapes: `ways` and `sample_shape` are no longer open.
+    """The configuration whose model fits such data: what is `FROM_DATA` is no longer open.
 
     Args:
         target_shape: None: targets are classes.
+        vocabulary: None: the data do not say what their token ids are below.
 
     Raises:
-        ValueError: as `check_train_ways` and `check_ways`.
+        ValueError: the model needs a vocabulary and has none, or has a smaller one; or as `check_train_ways` and
+            `check_ways`.
     """
     check_train_ways(config, target_shape, allow)
     if config.model is None:
@@ -114,12 +124,22 @@ def fitted(
     encoder = find_learner(config.learner.name, allow).encoder
     outputs = None if encoder else config.sampling.ways if target_shape is None else math.prod(target_shape)
     fields = dict(config.model.fields)
-    for name, value in (("ways", outputs), ("sample_shape", list(sample_shape))):
+    given = {"ways": outputs, "sample_shape": list(sample_shape), "vocabulary": vocabulary}
+    for name in FROM_DATA:
         if name in fields and fields[name] is None:
-            fields[name] = value
+            fields[name] = given[name]
+    if "vocabulary" in fields:
+        _check_vocabulary(fields["vocabulary"], vocabulary, config.data.name)
     config = replace(config, model=Part(config.model.name, fields))
     check_ways(config, target_shape, allow)
     return config
+
+
+def _check_vocabulary(models: int | None, datas: int | None, data: str) -> None:
+    if models is None:
+        raise ValueError(f"model.vocabulary must be given: data {data} do not say what their ids are below (got none)")
+    if datas is not None and models < datas:
+        raise ValueError(f"model.vocabulary must be at least that of the data, {datas} (got {models})")
 
 
 def check_train_ways(config: Config, target_shape: Sequence[int] | None, allow: Collection[str] | None) -> None:

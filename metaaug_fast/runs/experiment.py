@@ -24,9 +24,11 @@ from .build import (
     make_learner,
     make_sources,
     target_shape_of,
+    vocabulary_of,
 )
 from .config import SECTIONS, Config
 from .evaluation import Evaluation, evaluate
+from .fields import FROM_DATA
 from .history import EARLY, TIME, History, ValidationPoint
 from .load import interrupted
 from .registry import find_data
@@ -85,7 +87,7 @@ def run(
         files.try_writing(report)
         sources = make_sources(config.data, download=download, device=device, allow=allow)
         source = sources["train"]
-        config = fitted(config, source.sample_shape, target_shape_of(source), allow)
+        config = fitted(config, source.sample_shape, target_shape_of(source), vocabulary_of(source), allow=allow)
         torch.manual_seed(config.training.seed)  # of every device, for what is random in training
         learner = make_learner(config, device, allow)
         check_test_steps(config, learner)
@@ -145,7 +147,7 @@ def check_goes_on(before: Config, after: Config) -> None:
         was, now = old.get(section, {}), new.get(section, {})
         for field in {**was, **now}:
             key, value = f"{section}.{field}", now.get(field)
-            filled_in = key in ("model.ways", "model.sample_shape") and value is None
+            filled_in = section == "model" and field in FROM_DATA and value is None
             if was.get(field) != value and key not in MAY_CHANGE and not filled_in:
                 raise ValueError(f"{key} must be that of the checkpoint, {was.get(field)} (got {value})")
 

@@ -21,6 +21,13 @@ from .registry import is_data, nearest
 GIVEN = {"learner": ("model", "seed", "meta_lr"), "model": (), "data": ("split", "download")}
 """Arguments of constructors that are no fields, for the run gives them."""
 
+FROM_DATA = {
+    "ways": (int, "outputs; null: as the data have classes"),
+    "sample_shape": (list[int], "of an input; null: the data's"),
+    "vocabulary": (int, "token ids are below it; null: the data's"),
+}
+"""Arguments of models that the data give where they are null, with the type and the help of their fields."""
+
 ORDER = ("training", "sampling", "evaluation", "learner", "data", "model")
 """Of several fields of one name, that of the first of these sections has it for a short name."""
 
@@ -91,14 +98,12 @@ def fields_of(section: str, call: Any, name: str) -> list[Field]:
     if isinstance(call, nn.Module) or is_data(call) or not callable(call):
         return []
     about, found = _documented(call), []
-    if section == "model":
-        about |= {"ways": "outputs; null: as the data have classes", "sample_shape": "of an input; null: the data's"}
     for parameter in parameters_of(call).values():
         if parameter.name in GIVEN[section]:
             continue
         type_, default = _plain_type(parameter.annotation), parameter.default
-        if section == "model" and parameter.name in ("ways", "sample_shape"):
-            type_, default = int if parameter.name == "ways" else list[int], None
+        if section == "model" and parameter.name in FROM_DATA:
+            (type_, about[parameter.name]), default = FROM_DATA[parameter.name], None
         # `name` is what the section itself goes by.
         if type_ is None or parameter.name == "name" or parameter.kind is parameter.POSITIONAL_ONLY:
             if default is REQUIRED:

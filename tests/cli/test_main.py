@@ -200,7 +200,10 @@ BAD = [
         "test_steps must be null for protonet, which has no ",
     ),
     (["train", "maml", "--data", "glyphs", "--ways", "5000"], "ways must be at most"),
-    (["train", "maml", "--data", "sinusoid", "--model", "vgg"], "model must be one of conv4, mlp, omniglot_mlp, "),
+    (
+        ["train", "maml", "--data", "sinusoid", "--model", "vgg"],
+        "model must be one of conv4, deep_averaging, mlp, omniglot_mlp, ",
+    ),
     (["train", "maml", "--data", "sinusoid", "--model", "no.such:net"], "model 'no.such:net' cannot be imported"),
     (["train", "maml", "--resume", "absent.safetensors"], "no checkpoint at absent.safetensors"),
     (["evaluate", "absent.safetensors"], "no checkpoint at absent.safetensors"),

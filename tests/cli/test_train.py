@@ -79,9 +79,7 @@ ROOTED = (
     "cifar10", "cifar100", "clinc150", "csv", "fashion_mnist", "folder", "idx", "kmnist", "mini_imagenet", "mnist",
     "omniglot",
 )  # fmt: skip
-NEEDED = {
-    name: ["--root", "some where", *(["--model", "mlp"] if name in ("clinc150", "csv") else [])] for name in ROOTED
-}
+NEEDED = {name: ["--root", "some where"] for name in ROOTED}
 
 
 @st.composite

@@ -14,6 +14,7 @@ from metaaug_fast.runs.build import (
     make_model,
     make_sources,
     target_shape_of,
+    vocabulary_of,
 )
 from metaaug_fast.runs.config import Part, merged
 from metaaug_fast.runs.registry import find_data
@@ -123,7 +124,9 @@ def run_of(name, *options, **sections):
 
 def learner_of(config, allow=None):
     source = make_sources(config.data, allow=allow)["train"]
-    return make_learner(fitted(config, source.sample_shape, target_shape_of(source), allow), allow=allow)
+    return make_learner(
+        fitted(config, source.sample_shape, target_shape_of(source), vocabulary_of(source), allow=allow), allow=allow
+    )
 
 
 @pytest.mark.parametrize(
@@ -228,6 +231,23 @@ def test_models_fit_the_data():
     assert fitted(maml, (2,), (2, 3)).model.fields["ways"] == 6
     given = configure(maml.as_dict(), ["--model.ways", "11", "--sample-shape", "[1, 16, 16]"])
     assert fitted(given, pictures, target).model == given.model
+
+
+def test_models_have_the_vocabulary_of_the_data():
+    run = configure({"learner": {"name": "maml"}, "data": {"name": "csv", "root": "x"}})
+    assert run.model.name == "deep_averaging"
+    model = fitted(run, (9,), None, 50).model
+    assert (model.fields["ways"], model.fields["sample_shape"], model.fields["vocabulary"]) == (5, [9], 50)
+    assert len(make_model(model).mean.weight) == 50
+    larger, smaller = (configure(run.as_dict(), ["--model.vocabulary", size]) for size in ("60", "49"))
+    assert fitted(larger, (9,), None, 50).model.fields["vocabulary"] == 60
+    assert fitted(larger, (9,), None).model.fields["vocabulary"] == 60
+    with pytest.raises(ValueError, match=r"model.vocabulary must be at least that of the data, 50 \(got 49\)"):
+        fitted(smaller, (9,), None, 50)
+    with pytest.raises(ValueError, match=r"model.vocabulary must be given: data csv do not say .* \(got none\)"):
+        fitted(run, (9,), None)
+    other = configure(run.as_dict() | {"model": {"name": "mlp"}})
+    assert "vocabulary" not in fitted(other, (9,), None, 50).model.fields
 
 
 def test_training_ways_need_a_learner_that_compares():

@@ -6,6 +6,7 @@ import pytest
 from metaaug_fast.errors import CheckpointError, NotFusedError
 from metaaug_fast.files import best_of
 from metaaug_fast.runs import checkpoint, configure, experiment, run
+from metaaug_fast.runs.build import fitted
 from metaaug_fast.runs.experiment import check_goes_on
 from tests.building import same
 from tests.runs.small import done, small
@@ -145,6 +146,10 @@ def test_a_model_that_the_data_fill_in_may_be_left_open():
     check_goes_on(filled, filled)
     with pytest.raises(ValueError, match=r"model.ways must be that of the checkpoint, 5 \(got 6\)"):
         check_goes_on(filled, replace(filled, model=replace(filled.model, fields={**filled.model.fields, "ways": 6})))
+    open_ = configure({"learner": {"name": "maml"}, "data": {"name": "csv", "root": "x"}})
+    filled = fitted(open_, (32,), None, 77)
+    assert {open_.model.fields["vocabulary"], filled.model.fields["vocabulary"]} == {None, 77}
+    check_goes_on(filled, open_)
 
 
 @pytest.mark.parametrize(

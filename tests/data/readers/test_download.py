@@ -145,8 +145,8 @@ def test_the_real_files_have_the_digests(real_mnist):
 
 
 def test_the_real_sentences_have_the_digest(real_clinc150):
-    for name, digest in clinc150.SHA256.items():
-        assert hashlib.sha256((real_clinc150 / name).read_bytes()).hexdigest() == digest
+    for name, digest in clinc150.DIGESTS.items():
+        assert "sha256:" + hashlib.sha256((real_clinc150 / name).read_bytes()).hexdigest() == digest
 
 
 def test_official_addresses():
