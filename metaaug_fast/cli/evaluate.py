@@ -51,7 +51,8 @@ def run(arguments: Sequence[str]) -> int:
         _check_format(options.plot)
     learner = load(path, allow=allow, device=options.device)
     check_test_steps(config, learner)
-    source = make_sources(config.data, ["test"], download=options.download, device=options.device, allow=allow)["test"]
+    # What the file names has been allowed by now; the rest stands on the command line.
+    source = make_sources(config.data, ["test"], download=options.download, device=options.device)["test"]
     regression = target_shape_of(source) is not None
     _check_shapes(before, config, source)
     check_ways(config, target_shape_of(source), allow)
@@ -82,7 +83,7 @@ def _parser() -> Parser:
         action="append",
         default=[],
         metavar="MODULE",
-        help="of your own, whose learner, model or data set the checkpoint names: its code may run",
+        help="of your own, whose learner, model, data set or function the checkpoint names: its code may run",
     )
     parser.add_argument("--data", metavar="NAME", help="another data set than the one trained on")
     parser.add_argument("--report", type=Path, metavar="FILE", help="JSON report (CHECKPOINT.evaluation.json)")

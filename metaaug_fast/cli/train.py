@@ -17,6 +17,7 @@ from ..runs.config import (
     configure,
     fields_of_run,
     merged,
+    named_functions,
     read_yaml,
     recipe,
     recipes,
@@ -196,6 +197,8 @@ def _own_code(config: Config) -> list[str]:
     for section, part in (("data", config.data), ("model", config.model)):
         if part is not None and ":" in part.name:
             named += [f"--{section}", part.name]
+    for function in named_functions(config):
+        named += ["--allow", function]
     return named
 
 

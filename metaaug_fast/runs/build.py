@@ -42,7 +42,7 @@ def make_sources(
     def made(**split: str) -> TaskSource:
         source = found
         if not is_data(found):
-            given = {**as_declared(found, part.fields), **split, **({"download": True} if download else {})}
+            given = {**as_declared(found, part.fields, allow), **split, **({"download": True} if download else {})}
             source = DATA.tried(part.name, lambda: found(**given), "made")
         if not is_data(source):
             raise ValueError(
@@ -173,7 +173,8 @@ def make_model(part: Part, allow: Collection[str] | None = None) -> nn.Module:
     found = find_model(part.name, allow)
     if isinstance(found, nn.Module):
         return MODELS.tried(part.name, lambda: copy.deepcopy(found), "copied")
-    model = MODELS.tried(part.name, lambda: found(**as_declared(found, part.fields)), "made")
+    fields = as_declared(found, part.fields, allow)
+    model = MODELS.tried(part.name, lambda: found(**fields), "made")
     if not isinstance(model, nn.Module):
         raise ValueError(f"model {part.name!r} must be an nn.Module or make one (got {type(model).__name__})")
     return model
@@ -193,5 +194,6 @@ def make_learner(config: Config, device: torch.device | str = "cpu", allow: Coll
             given[name] = value
     if config.model is not None:
         given["model"] = make_model(config.model, allow).to(device)
-    learner: Learner = LEARNERS.tried(config.learner.name, lambda: found(**as_declared(found, given)), "made")
+    given = as_declared(found, given, allow)
+    learner: Learner = LEARNERS.tried(config.learner.name, lambda: found(**given), "made")
     return learner.to(device)

@@ -28,7 +28,7 @@ import yaml
 
 from ..checks import check_choice, check_count, check_integer, check_number
 from .fields import REQUIRED, UNSET, Field, fields_of, parameters_of, read_options, shown
-from .registry import find_data, find_learner, find_model, nearest
+from .registry import find_data, find_function, find_learner, find_model, nearest
 from .training import SCHEDULES
 
 SECTIONS = ("learner", "model", "data", "sampling", "training", "evaluation")
@@ -171,7 +171,8 @@ def configure(
         others: options that the caller reads itself; no field goes by such a short name.
 
     Raises:
-        ValueError: a name, a section or a field is unknown (the nearest known one is named), or has a wrong value.
+        ValueError: a name, a section or a field is unknown (the nearest known one is named), or has a wrong value; or
+            a function that a field names, `module:attribute`, is not there, or not allowed.
 
     >>> content = {"learner": {"name": "maml"}, "data": {"name": "sinusoid"}}
     >>> configure(content, ["--inner-steps", "5"]).learner.fields["inner_steps"]
@@ -188,7 +189,11 @@ def configure(
             elif name != "name" or section not in _NAMED:
                 has = f"it has {', '.join(names)}" if names else "it has none"
                 raise ValueError(f"{section} has no field {name!r}{nearest(name, names)} ({has})")
-    values |= read_options(known, options, sections, others)
+    chosen = read_options(known, options, sections, others)
+    for each in known:
+        if each.names_function(value := chosen.get(each.key, values[each.key])):
+            find_function(each.key, value, None if each.key in chosen else allow)
+    values |= chosen
     parts: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for each in known:
         value = values[each.key]
@@ -233,6 +238,13 @@ def fields_of_run(content: Mapping[str, Mapping[str, Any]], allow: Collection[st
             for each in dataclasses.fields(options)
         ]
     return found
+
+
+def named_functions(config: Config) -> list[str]:
+    """The functions of the user's own among the values of fields, as `module:attribute`."""
+    content = config.as_dict()
+    values = ((each, content[each.section].get(each.name)) for each in fields_of_run(content))
+    return [value for each, value in values if each.names_function(value)]
 
 
 def with_model(content: dict[str, dict[str, Any]], allow: Collection[str] | None = None) -> dict[str, dict[str, Any]]:

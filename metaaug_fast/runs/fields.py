@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections.abc
 import inspect
 import os
 import re
@@ -16,7 +17,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import nn
 
-from .registry import is_data, nearest
+from .registry import find_function, is_data, nearest
 
 GIVEN = {"learner": ("model", "seed", "meta_lr"), "model": (), "data": ("split", "download")}
 """Arguments of constructors that are no fields, for the run gives them."""
@@ -41,6 +42,7 @@ class Field:
     """A field of a section.
 
     type: what of the argument's type YAML can express. default: a plain value, `REQUIRED` or `UNSET`. help: a sentence.
+    call: whether a function may stand there, too, which goes by `module:attribute`.
     """
 
     section: str
@@ -48,6 +50,7 @@ class Field:
     type: Any
     default: Any
     help: str = ""
+    call: bool = False
 
     @property
     def key(self) -> str:
@@ -58,6 +61,10 @@ class Field:
     def is_flag(self) -> bool:
         """Whether the option alone means true."""
         return bool in (self.type, *typing.get_args(self.type))
+
+    def names_function(self, value: Any) -> bool:
+        """Whether a value of this field is the name of a function."""
+        return self.call and _is_name(value)
 
     def of_file(self, value: Any) -> Any:
         """A value out of a file, as the type has it; ValueError if it is none of this type."""
@@ -115,7 +122,8 @@ def fields_of(section: str, call: Any, name: str) -> list[Field]:
         if default is None and type_ is not Any:
             type_ = typing.Optional[type_]  # noqa: UP045
         default = plain(default) if default is REQUIRED or _is_plain(default) else UNSET
-        found.append(Field(section, parameter.name, type_, default, about.get(parameter.name, "")))
+        help, call = about.get(parameter.name, ""), _takes_function(parameter.annotation)
+        found.append(Field(section, parameter.name, type_, default, help, call))
     return found
 
 
@@ -153,15 +161,25 @@ def parameters_of(call: Any) -> dict[str, inspect.Parameter]:
     return found
 
 
-def as_declared(call: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments as a constructor takes them: lists out of a file are tuples unless it declares, or has, a list."""
-    takes = parameters_of(call)
-    return {
-        name: value
-        if isinstance(takes[name].default, list) or list in _origins(takes[name].annotation)
-        else _fixed(value)
-        for name, value in given.items()
-    }
+def as_declared(call: Any, given: Mapping[str, Any], allow: Collection[str] | None) -> dict[str, Any]:
+    """Arguments as a constructor takes them: for the name of a function that function, for lists out of a file tuples.
+
+    Lists are left where it declares, or has, a list.
+
+    Args:
+        allow: see `Registry.find`.
+
+    Raises:
+        ValueError: as `find_function`.
+    """
+    takes, made = parameters_of(call), {}
+    for name, value in given.items():
+        if _is_name(value) and _takes_function(takes[name].annotation):
+            value = find_function(name, value, allow)
+        elif not (isinstance(takes[name].default, list) or list in _origins(takes[name].annotation)):
+            value = _fixed(value)
+        made[name] = value
+    return made
 
 
 def read_options(
@@ -293,6 +311,15 @@ def _origins(hint: Any) -> set[Any]:
     """The classes that a type's members are of."""
     parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     return {typing.get_origin(each) or each for each in parts}
+
+
+def _takes_function(hint: Any) -> bool:
+    return collections.abc.Callable in _origins(hint)
+
+
+def _is_name(value: Any) -> bool:
+    """Whether it can only be `module:attribute`."""
+    return isinstance(value, str) and ":" in value
 
 
 def _fixed(value: Any) -> Any:

@@ -31,8 +31,8 @@ def load(
         path: a file of `metaaug-fast train`, `mf.runs.run` or `mf.train`.
         learner: the learner to put the weights into, which is needed where the file has no configuration, for
             `mf.train` was called without one.
-        allow: modules whose code may be imported, where the configuration names a learner, a model or data of the
-            user's own as `module:attribute`; or such names themselves.
+        allow: modules whose code may be imported, where the configuration names a learner, a model, data or a function
+            of the user's own as `module:attribute`; or such names themselves.
         device: where the learner is to be.
 
     Raises:

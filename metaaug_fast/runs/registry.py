@@ -2,7 +2,8 @@
 
 Ours stand in `learners.LEARNERS`, `models.MODELS` and `data.readers.READERS`. A package adds its own by entry points of
 the groups `metaaug_fast.learners`, `metaaug_fast.models` and `metaaug_fast.data`. Whatever else can be imported goes by
-`module:attribute`, from the folder one works in, too; its code runs, so a name out of a file needs the user's word.
+`module:attribute`, from the folder one works in, too, functions that a field may hold among them; its code runs, so a
+name out of a file needs the user's word.
 
 A module is imported as with seed 0: what it makes of random numbers, such as a network's weights, is always the same.
 """
@@ -128,6 +129,14 @@ def find_data(name: str, allow: Collection[str] | None = None) -> Any:
     found = DATA.find(name, allow)
     if not (callable(found) or is_data(found)):
         raise ValueError(f"data {name!r} must be, or make, a TaskSource or a data set with labels (got {_kind(found)})")
+    return found
+
+
+def find_function(field: str, name: str, allow: Collection[str] | None = None) -> Any:
+    """What the value of a field names; ValueError as `Registry.find`, or if it cannot be called."""
+    found = Registry(field, {}, group="").find(name, allow)
+    if not callable(found):
+        raise ValueError(f"{field} must name what can be called (got {name!r}, {_kind(found)})")
     return found
 
 

@@ -70,6 +70,8 @@ from metaaug_fast.data import Sinusoids
 from metaaug_fast.models import perceptron as net
 Path("executed").touch()
 bound = partial(partial(abort))
+def loss(prediction, y): return (prediction - y).square().mean()
+number = 3
 class Learner(MAML): pass
 class Data(Sinusoids): pass
 """
@@ -116,6 +118,28 @@ def test_who_names_the_code_again_may_go_on(copied, own_code, capsys, part):
     assert main(["train", *again, "--resume", str(copied), "--steps", "5", "--episodes", "4", "--quiet"]) == 0
 
 
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_no_function_that_only_a_file_names_is_called(copied, own_code, capsys, command):
+    own_code("payload", PAYLOAD)
+    changed(copied, learner={"loss": "payload:loss"})
+    wanted = f"{copied} cannot be used: learner.loss payload:loss is code outside this package, which only you can name"
+    assert wanted in failed(capsys, *command, copied)
+    assert wanted in failed(capsys, *command, copied, "--allow", "other")
+    config = configure(recipe("maml-sinusoid"), ["--steps", "5"])
+    for call in (lambda: load(copied), lambda: run(config, copied, resume=copied, allow=())):
+        with pytest.raises(CheckpointError) as raised:
+            call()
+        assert wanted in str(raised.value)
+    assert not Path("executed").exists()
+    more = ["--episodes", "4", *(["--steps", "5", "--quiet"] if command != ["evaluate"] else [])]
+    for allowed in ("payload", "payload:loss"):
+        assert main([*command, str(copied), "--allow", allowed, *more]) == 0
+    assert load(copied, allow=["payload"]).loss is sys.modules["payload"].loss
+    for attribute, error in (("abort", "is code outside"), ("number", "must name what can be called (got")):
+        changed(copied, learner={"loss": f"payload:{attribute}"})
+        assert error in failed(capsys, *command, copied, "--allow", "payload")
+
+
 @pytest.mark.parametrize("attribute", ["abort", "bound", "path.os.abort", "Path.cwd"])
 def test_an_allowed_module_lends_no_name_to_the_code_of_others(copied, own_code, capsys, attribute):
     own_code("payload", PAYLOAD)
@@ -135,11 +159,12 @@ def test_a_file_cannot_end_the_process(copied):
 
 def test_the_hint_to_go_on_names_what_is_the_users_own(own_code, monkeypatch, capsys):
     own_code("named", "from metaaug_fast.models import mlp\nfrom metaaug_fast import MAML\nnet = mlp([1, 8, 1])\n")
-    own_code("kind", "from metaaug_fast import MAML\nclass Mine(MAML): pass\n")
+    kind = "from metaaug_fast import MAML\nclass Mine(MAML): pass\ndef loss(x, y): return (x - y).square().mean()\n"
+    own_code("kind", kind)
     monkeypatch.setattr("metaaug_fast.runs.experiment.train", lambda *_, **__: History(stopped_by="SIGTERM"))
-    arguments = ["train", "kind:Mine", *SINUSOID, "--model", "named:net", "--out", "my c"]
+    arguments = ["train", "kind:Mine", *SINUSOID, "--model", "named:net", "--loss", "kind:loss", "--out", "my c"]
     assert main(arguments) == 143
-    hint = "to go on: metaaug-fast train kind:Mine --model named:net --resume 'my c'\n"
+    hint = "to go on: metaaug-fast train kind:Mine --model named:net --allow kind:loss --resume 'my c'\n"
     assert hint in capsys.readouterr().out
 
 

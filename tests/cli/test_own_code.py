@@ -55,6 +55,10 @@ class Bare(mf.Learner):
         return mf.learners.Predictor(lambda x: -self.scale * torch.cdist(x.flatten(2), means), len(support_x))
 
 
+def squares(prediction, y):
+    return (prediction.softmax(-1) - nn.functional.one_hot(y, prediction.shape[-1])).square().mean()
+
+
 class Tuned(mf.MAML):
     def __init__(self, model, tau: float = 1.0, **options):
         super().__init__(model, **options)
@@ -150,6 +154,7 @@ CASES = {
     "ready, a model of a shape": ["protonet", "--data", "own:dataset", "--model", "own:shaped", "--train-ways", "7"],
     "classes": ["reptile", "--data", "own:Data", "--classes", "60", "--model", "own:with_ways", "--batched=false"],
     "curves": ["maml", "--data", "own:curves", "--model", "own:shaped", "--loss", "mse", "--inner-lr", "0.01"],
+    "a function for a field": ["own:Tuned", "--data", "own:Split", "--loss", "own:squares", "--inner-lr", "0.1"],
     "our model": ["protonet", "--data", "own:made", "--model", "mlp", "--hidden", "[4]"],
     "our data": ["own:Mine", "--data", "glyphs", "--model", "strided_conv4", "--hidden", "4"],
 }  # fmt: skip

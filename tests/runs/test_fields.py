@@ -123,6 +123,26 @@ def test_defaults_and_types_that_files_have_not():
         found["shape"].of_file([2.5])
 
 
+def test_where_a_function_may_stand_it_goes_by_its_name():
+    def build(
+        a: str | Callable, b: "Callable[[int], int] | str | None" = None, c: str = "x:y", d=None, e: int | Callable = 1
+    ):
+        pass
+
+    found = named(fields_of("data", build, "own:build"))
+    assert [name for name, each in found.items() if each.call] == ["a", "b", "e"]
+    assert found["a"].names_function("math:sqrt")
+    assert not any(found["a"].names_function(value) for value in ("words", None, UNSET, REQUIRED))
+    assert not found["c"].names_function("math:sqrt")
+    given = {"a": "math:sqrt", "b": "words", "c": "math:sqrt", "d": "math:sqrt"}
+    assert as_declared(build, given, None) == given | {"a": math.sqrt}
+    assert as_declared(build, given, ["math"])["a"] is math.sqrt
+    with pytest.raises(ValueError, match=r"a math:sqrt is code outside this package, .*--allow math"):
+        as_declared(build, given, [])
+    with pytest.raises(ValueError, match=r"a must name what can be called \(got 'math:pi', float\)"):
+        as_declared(build, {"a": "math:pi"}, None)
+
+
 @pytest.mark.parametrize(
     ("parameter", "message"),
     [
@@ -260,7 +280,7 @@ def test_lists_out_of_a_file_are_what_is_declared():
         pass
 
     given = {name: [1, [2]] for name in "abcdefg"} | {"h": 3}
-    made = as_declared(build, given)
+    made = as_declared(build, given, None)
     assert {name for name, value in made.items() if isinstance(value, list)} == {"a", "f", "g"}
     assert made["b"] == (1, (2,))
     assert made["h"] == 3
