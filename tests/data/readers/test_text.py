@@ -253,3 +253,12 @@ def test_a_run_reads_it(path):
     content = {"learner": {"name": "protonet"}, "data": {"name": "csv"}, "model": {"name": "mlp"}}
     sources = make_sources(configure(content, ["--root", str(path), "--length=11"]).data)
     assert [(len(part), part.sample_shape) for part in sources.values()] == [(n, (11,)) for n in (16, 4, 5)]
+
+
+def test_on_a_device_it_is_the_same(path):
+    data = Text(path, "all", length=9, vocabulary=77)
+    moved = data.to("cpu")
+    assert (type(moved), moved.vocabulary, moved.names) == (Text, 77, data.names)
+    assert torch.equal(moved.samples, data.samples)
+    assert data.to("meta").samples.device.type == "meta"
+    assert data.samples.device.type == "cpu"
