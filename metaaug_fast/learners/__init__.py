@@ -5,6 +5,7 @@ from .gradient import GradientLearner
 from .maml import MAML
 from .protonet import ProtoNet
 from .reptile import Reptile
+from .unrolled import UnrolledLearner
 
 LEARNERS = {"maml": MAML, "protonet": ProtoNet, "reptile": Reptile}
 """The names by which a run knows them."""
@@ -17,6 +18,7 @@ __all__ = [
     "Predictor",
     "ProtoNet",
     "Reptile",
+    "UnrolledLearner",
     "class_means",
     "one_task_too",
 ]

@@ -114,12 +114,18 @@ class Learner(nn.Module):
 
     def extra_repr(self) -> str:
         """The constructor's arguments that are plain and not the defaults."""
-        shown = []
-        for name, parameter in inspect.signature(type(self)).parameters.items():
-            value = getattr(self, name, parameter.default)
-            if type(value) in (bool, int, float, str, tuple) and value != parameter.default:
-                shown.append(f"{name}={value!r}")
-        return ", ".join(shown)
+        defaults: dict[str, Any] = {}
+        for init in [vars(each)["__init__"] for each in type(self).__mro__ if "__init__" in vars(each)]:
+            parameters = inspect.signature(init).parameters
+            defaults = {name: parameter.default for name, parameter in parameters.items()} | defaults
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+                break  # what it takes, it names
+        values = {name: getattr(self, name, default) for name, default in defaults.items()}
+        return ", ".join(
+            f"{name}={value!r}"
+            for name, value in values.items()
+            if type(value) in (bool, int, float, str, tuple) and value != defaults[name]
+        )
 
     def runs_on(self, sample_shape: tuple[int, ...], ids: bool = False) -> str:
         """What computes it on samples of a shape, of numbers or of token ids, in a word."""

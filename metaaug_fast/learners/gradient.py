@@ -81,9 +81,8 @@ class GradientLearner(Learner):
             ValueError: the support set fits neither the model nor itself.
         """
         problem = self.problem(steps)
-        if rows is None:
-            rows = self._support_rows(support_x, support_y, problem.steps)
-        return adapt_tasks(problem, Support(support_x, support_y, sample_weight, rows, initial), self.backend)
+        given = Support(support_x, support_y, sample_weight, rows, initial)
+        return adapt_tasks(problem, self._support(problem, given), self.backend)
 
     @torch.no_grad()
     def by_step(self, tasks: TaskBatch, steps: int | None = None) -> list[MetaOutput]:
@@ -94,21 +93,21 @@ class GradientLearner(Learner):
         """
         tasks = TaskBatch.of(tasks)
         problem = self.problem(check_steps(self, steps))
-        x, y = tasks.support_x, tasks.support_y
-        support = Support(x, y, rows=self._support_rows(x, y, problem.steps))
+        support = self._support(problem, Support(tasks.support_x, tasks.support_y))
         return judge_steps(problem, support, Query(tasks.query_x, tasks.query_y), self.backend)
 
-    def _support_rows(self, x: Tensor, y: Tensor, steps: int) -> Tensor | None:
-        """The support samples of each step `[T, K, B]`, where a learner does not take them all."""
-        return None
+    def _support(self, problem: InnerProblem, given: Support) -> Support:
+        """What tasks adapt on: what is given, and where a learner has its own way, its rows and where tasks start."""
+        return given
 
     def specification(
         self, tasks: TaskBatch, *, first_order: bool, step_weights: Tensor | None = None
     ) -> MetaOutput | None:
         """What `forward` computes, by `reference.meta_loss`."""
-        problem = replace(with_seed(self.problem()), first_order=first_order)
-        query = Query(tasks.query_x, tasks.query_y, step_weights)
-        return reference.meta_loss(problem, Support(tasks.support_x, tasks.support_y), query)
+        problem = self.problem()
+        support = self._support(problem, Support(tasks.support_x, tasks.support_y))
+        problem = replace(with_seed(problem), first_order=first_order)
+        return reference.meta_loss(problem, support, Query(tasks.query_x, tasks.query_y, step_weights))
 
     def runs_on(self, sample_shape: tuple[int, ...], ids: bool = False) -> str:
         """The executor of samples of a shape: "fused" or "fallback"."""

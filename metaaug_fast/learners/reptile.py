@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -183,8 +184,11 @@ class Reptile(GradientLearner):
         move([problem.parameters[name] for name in problem.rates], [changes[name] for name in problem.rates])
         return output
 
-    def _support_rows(self, x: Tensor, y: Tensor, steps: int) -> Tensor | None:
-        return self._rows(x, y, steps, torch.Generator().manual_seed(self.seed))
+    def _support(self, problem: InnerProblem, given: Support) -> Support:
+        if given.rows is not None:
+            return given
+        rows = self._rows(given.x, given.y, problem.steps, torch.Generator().manual_seed(self.seed))
+        return replace(given, rows=rows)
 
     def _rows(self, x: Tensor, y: Tensor, steps: int, generator: torch.Generator) -> Tensor | None:
         """The samples of each inner step, `[T, K, B]`."""
