@@ -16,7 +16,7 @@ from .errors import CheckpointError, ContractError, FallbackWarning, FileWriteEr
 from .inspect.contract import ContractReport, check_learner
 from .inspect.explanation import explain
 from .inspect.gradients import GradientReport, check_gradients
-from .learners import MAML, Learner, ProtoNet, Reptile
+from .learners import ANIL, BOIL, MAML, Learner, MetaSGD, ProtoNet, Reptile
 from .runs.evaluation import Evaluation, evaluate
 from .runs.history import History
 from .runs.load import load
@@ -26,6 +26,8 @@ from .tasks import MetaOutput, TaskBatch
 __version__ = version("metaaug_fast")
 
 __all__ = [
+    "ANIL",
+    "BOIL",
     "MAML",
     "CheckpointError",
     "ContractError",
@@ -38,6 +40,7 @@ __all__ = [
     "History",
     "Learner",
     "MetaOutput",
+    "MetaSGD",
     "NonFiniteError",
     "NotFusedError",
     "ProtoNet",

@@ -217,13 +217,19 @@ def _permutes(trial: _Trial) -> None:
 
 
 def _forget_names(learner: Learner, ways: int) -> bool:
-    """Give the last linear layer of `ways` outputs the same row for each; whether there is one."""
-    heads = [each for each in learner.modules() if isinstance(each, nn.Linear) and each.out_features == ways]
+    """Give the last linear layer of `ways` outputs, and the rates of its elements, the same row for each; if it is."""
+    heads = {path: each for path, each in learner.named_modules() if isinstance(each, nn.Linear)}
+    heads = {path: each for path, each in heads.items() if each.out_features == ways}
     if not heads:
         return False
+    path, head = list(heads.items())[-1]
+    rates = f"inner_lr.{path.removeprefix('model.').replace('.', '/')}/"
     with torch.no_grad():
-        for value in heads[-1].parameters():
+        for value in head.parameters():
             value.copy_(value.mean(0, keepdim=True).expand_as(value))
+        for name, value in learner.named_parameters():
+            if name.startswith(rates) and value.ndim >= (dim := 2 if name.endswith("weight") else 1):
+                value.copy_(value.mean(-dim, keepdim=True).expand_as(value))
     return True
 
 

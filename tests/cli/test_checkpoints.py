@@ -14,6 +14,7 @@ import torch
 from metaaug_fast import CheckpointError, load
 from metaaug_fast.cli.main import main
 from metaaug_fast.files import claimed, previous_of
+from metaaug_fast.learners import LEARNERS
 from metaaug_fast.runs import checkpoint, configure, experiment, recipe, run
 from metaaug_fast.runs.history import History
 
@@ -179,7 +180,7 @@ def test_the_hint_to_go_on_names_what_is_the_users_own(own_code, monkeypatch, ca
         ({"learner": {"first_order": 1}}, "cannot be used: learner.first_order must be true or false (got 1)"),
         ({"training": {"seed": True}}, "cannot be used: training.seed must be an integer (got True)"),
         ({"training": {"steps": None}}, "cannot be used: training.steps must be an integer (got none)"),
-        ({"learner": {"name": "anil"}}, "cannot be used: learner must be one of maml, protonet, reptile"),
+        ({"learner": {"name": "lost"}}, f"cannot be used: learner must be one of {', '.join(LEARNERS)}, or"),
         ({"learner": {"unknown": 1}}, "cannot be used: learner has no field 'unknown'"),
         ({"unknown": {}}, "cannot be used: a section must be one of learner, model,"),
         ({"learner": "maml"}, "is of an older metaaug_fast"),

@@ -15,6 +15,7 @@ import torch
 from metaaug_fast.bench.workloads import WORKLOADS
 from metaaug_fast.cli.main import main
 from metaaug_fast.data.readers import READERS
+from metaaug_fast.learners import LEARNERS
 from metaaug_fast.runs import checkpoint
 
 PROGRAM = Path(sys.executable).with_name("metaaug-fast")
@@ -141,10 +142,10 @@ BAD = [
         ["tarin"],
         "COMMAND must be one of train, evaluate, list, explain, demo, bench (got 'tarin'; did you mean 'train'?)",
     ),
-    (["train"], "LEARNER must be one of maml, protonet, reptile, or module:attribute (got none)"),
+    (["train"], f"LEARNER must be one of {', '.join(LEARNERS)}, or module:attribute (got none)"),
     (
-        ["train", "anil", "--data", "glyphs"],
-        "learner must be one of maml, protonet, reptile, or module:attribute (got 'an",
+        ["train", "nail", "--data", "glyphs"],
+        f"learner must be one of {', '.join(LEARNERS)}, or module:attribute (got 'na",
     ),
     (["train", "protonett", "--data", "glyphs"], "(got 'protonett'; did you mean 'protonet'?)"),
     (["train", "maml"], f"--data must be one of {', '.join(sorted(READERS))}, or module:attribute (got none)"),

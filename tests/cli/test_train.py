@@ -213,7 +213,7 @@ def test_a_pair_without_a_recipe_is_said(tmp_path, monkeypatch, own_code):
         ("a: [", "run.yaml is no YAML (while parsing"),
         ("learner: maml\n", "run.yaml: learner must be a mapping from fields to values (got 'maml')"),
         ("lerner: {name: maml}\n", "did you mean 'learner'?"),
-        ("learner: {name: mamml}\ndata: {name: sinusoid}\n", "learner must be one of maml, protonet, reptile, "),
+        ("learner: {name: mamml}\ndata: {name: sinusoid}\n", f"learner must be one of {', '.join(LEARNERS)}, "),
         (
             "learner: {name: 'no.such:Thing'}\ndata: {name: sinusoid}\n",
             "learner 'no.such:Thing' cannot be imported (Mod",
@@ -222,7 +222,7 @@ def test_a_pair_without_a_recipe_is_said(tmp_path, monkeypatch, own_code):
             "learner: {name: maml}\n",
             f"--data must be one of {', '.join(sorted(READERS))}, or module:attribute (got none)",
         ),
-        ("data: {name: sinusoid}\n", "LEARNER must be one of maml, protonet, reptile, or module:attribute (got none)"),
+        ("data: {name: sinusoid}\n", f"LEARNER must be one of {', '.join(LEARNERS)}, or module:attribute (got none)"),
         ("learner: {name: maml, inner_steps: x}\ndata: {name: sinusoid}\n", "inner_steps must be an integer (got 'x')"),
         (
             "learner: {name: maml}\ndata: {name: sinusoid}\nsampling: {wayss: 3}\n",

@@ -80,9 +80,7 @@ def test_packages_register_their_own(own, points):
     assert find_learner("theirs", allow=()) is find_learner("own:Mine")
     assert isinstance(find_data("things", allow=()), Sinusoids)
     assert find_model("theirs", allow=())(ways=3).head.out_features == 3
-    with pytest.raises(
-        ValueError, match=r"learner must be one of maml, protonet, reptile, theirs, or module:attribute"
-    ):
+    with pytest.raises(ValueError, match=f"learner must be one of {', '.join(LEARNERS.names())}, or module:attribute"):
         find_learner("unseen")
 
 
