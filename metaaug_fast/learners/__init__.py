@@ -1,12 +1,14 @@
 """One file an algorithm; `base.py` is the contract that all keep."""
 
 from .anil import ANIL
-from .base import Adapted, Learner, Predictor, class_means, one_task_too
+from .base import Adapted, Learner, Predictor, class_means, class_members, one_task_too
 from .boil import BOIL
+from .encoder import EncoderLearner
 from .gradient import GradientLearner
 from .maml import MAML
 from .meta_sgd import MetaSGD
 from .protonet import ProtoNet
+from .r2d2 import R2D2
 from .reptile import Reptile
 from .unrolled import UnrolledLearner
 
@@ -16,6 +18,7 @@ LEARNERS = {
     "maml": MAML,
     "meta_sgd": MetaSGD,
     "protonet": ProtoNet,
+    "r2d2": R2D2,
     "reptile": Reptile,
 }
 """The names by which a run knows them."""
@@ -24,7 +27,9 @@ __all__ = [
     "ANIL",
     "BOIL",
     "MAML",
+    "R2D2",
     "Adapted",
+    "EncoderLearner",
     "GradientLearner",
     "Learner",
     "MetaSGD",
@@ -33,5 +38,6 @@ __all__ = [
     "Reptile",
     "UnrolledLearner",
     "class_means",
+    "class_members",
     "one_task_too",
 ]

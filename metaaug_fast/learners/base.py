@@ -237,8 +237,8 @@ def one_task_too(adapt: _Adapt) -> _Adapt:
     return wrapper  # type: ignore[return-value]
 
 
-def class_means(features: Tensor, labels: Tensor) -> Tensor:
-    """Mean of each class's features: `[T, S, D]` and class ids `[T, S]` to `[T, ways, D]`, ways as in the labels.
+def class_members(labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Who belongs to which class: class ids `[T, S]` to ones and zeros `[T, S, ways]`, ways as in the labels.
 
     Raises:
         ValueError: labels are no class ids, or a task lacks a class that another has.
@@ -248,11 +248,21 @@ def class_means(features: Tensor, labels: Tensor) -> Tensor:
     low, high = (int(value) for value in torch.aminmax(labels))
     if low < 0:
         raise ValueError(f"support_y must hold class ids >= 0 (got {low})")
-    members = nn.functional.one_hot(labels, high + 1).to(features.dtype)
+    members = nn.functional.one_hot(labels, high + 1).to(dtype)
     counts = members.sum(1)
     if not bool(counts.all()):
         task, missing = (counts == 0).nonzero()[0].tolist()
         raise ValueError(
             f"support_y must have a sample of each class 0..{high} in every task (task {task} lacks {missing})"
         )
-    return members.mT @ features / counts.unsqueeze(-1)
+    return members
+
+
+def class_means(features: Tensor, labels: Tensor) -> Tensor:
+    """Mean of each class's features: `[T, S, D]` and class ids `[T, S]` to `[T, ways, D]`.
+
+    Raises:
+        ValueError: as `class_members`.
+    """
+    members = class_members(labels, features.dtype)
+    return members.mT @ features / members.sum(1).unsqueeze(-1)

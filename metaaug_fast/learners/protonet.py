@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..engine.losses import check_targets, judge
-from ..tasks import MetaOutput, TaskBatch
-from .base import Learner, Predictor, check_steps, class_means, one_task_too
+from .base import class_means
+from .encoder import EncoderLearner, Predict
 
 
-class ProtoNet(Learner):
+class ProtoNet(EncoderLearner):
     """Learn an embedding f in which a class is near the mean of its few samples. There is no inner loop.
 
         c_k = mean of f(x) over the support samples of class k                                      (1)
@@ -36,39 +34,10 @@ class ProtoNet(Learner):
     torch.Size([2])
     """
 
-    encoder = True
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be an nn.Module (got {type(model).__name__})")
-        self.model = model
-
-    def forward(self, tasks: TaskBatch, *, steps: int | None = None) -> MetaOutput:
-        """The loss (2) of every task's queries.
-
-        Raises:
-            TypeError, ValueError: the tasks do not fit the model, or `steps` is given.
-        """
-        tasks = TaskBatch.of(tasks)
-        check_steps(self, steps)
-        features = self._embed(torch.cat([tasks.support_x, tasks.query_x], 1))
-        support, query = features.split([tasks.support_x.shape[1], tasks.query_x.shape[1]], 1)
-        prediction = _closeness(query, class_means(support, tasks.support_y))
-        check_targets("query_y", "cross_entropy", tasks.query_y, tuple(prediction.shape[2:]))
-        return judge("cross_entropy", prediction, tasks.query_y)
-
-    @one_task_too
-    def adapt(self, support_x: Tensor, support_y: Tensor) -> Predictor:
-        """The prototypes (1) of each task, which predict by (2)."""
-        prototypes = class_means(self._embed(support_x), support_y)
-        return Predictor(lambda x: _closeness(self._embed(x), prototypes), len(support_x))
-
-    def _embed(self, x: Tensor) -> Tensor:
-        features: Tensor = self.model(x.flatten(0, 1))
-        if features.ndim != 2 or len(features) != x.shape[0] * x.shape[1]:
-            raise ValueError(f"model must give features [N, D] (got shape {tuple(features.shape)})")
-        return features.unflatten(0, x.shape[:2])
+    def _fit(self, features: Tensor, labels: Tensor) -> Predict:
+        """The prototypes (1), which predict by (2)."""
+        prototypes = class_means(features, labels)
+        return lambda queries: _closeness(queries, prototypes)
 
 
 def _closeness(features: Tensor, prototypes: Tensor) -> Tensor:
