@@ -7,6 +7,7 @@ from .encoder import EncoderLearner
 from .gradient import GradientLearner
 from .maml import MAML
 from .meta_sgd import MetaSGD
+from .proto_maml import ProtoMAML
 from .protonet import ProtoNet
 from .r2d2 import R2D2
 from .reptile import Reptile
@@ -17,6 +18,7 @@ LEARNERS = {
     "boil": BOIL,
     "maml": MAML,
     "meta_sgd": MetaSGD,
+    "proto_maml": ProtoMAML,
     "protonet": ProtoNet,
     "r2d2": R2D2,
     "reptile": Reptile,
@@ -34,6 +36,7 @@ __all__ = [
     "Learner",
     "MetaSGD",
     "Predictor",
+    "ProtoMAML",
     "ProtoNet",
     "Reptile",
     "UnrolledLearner",

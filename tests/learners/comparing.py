@@ -49,7 +49,9 @@ def descended(
     loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
 ) -> dict[str, Tensor]:
     """Weights after some steps down the support loss; those with a rate move. In the graph of all they depend on."""
-    weights = dict(start)
+    weights = {
+        name: value.clone() for name, value in start.items()
+    }  # a start may depend on others, a gradient does not
     for _ in range(steps):
         moving = [weights[name] for name in rates]
         found = torch.autograd.grad(loss(functional_call(model, weights, (x,)), y), moving, create_graph=True)
