@@ -16,7 +16,7 @@ from .errors import CheckpointError, ContractError, FallbackWarning, FileWriteEr
 from .inspect.contract import ContractReport, check_learner
 from .inspect.explanation import explain
 from .inspect.gradients import GradientReport, check_gradients
-from .learners import ANIL, BOIL, MAML, R2D2, Learner, MetaSGD, ProtoMAML, ProtoNet, Reptile
+from .learners import ANIL, BOIL, CAVIA, MAML, R2D2, Learner, MetaSGD, ProtoMAML, ProtoNet, Reptile
 from .runs.evaluation import Evaluation, evaluate
 from .runs.history import History
 from .runs.load import load
@@ -28,6 +28,7 @@ __version__ = version("metaaug_fast")
 __all__ = [
     "ANIL",
     "BOIL",
+    "CAVIA",
     "MAML",
     "R2D2",
     "CheckpointError",

@@ -3,6 +3,7 @@
 from .anil import ANIL
 from .base import Adapted, Learner, Predictor, class_means, class_members, one_task_too
 from .boil import BOIL
+from .cavia import CAVIA, Contextual
 from .encoder import EncoderLearner
 from .gradient import GradientLearner
 from .maml import MAML
@@ -16,6 +17,7 @@ from .unrolled import UnrolledLearner
 LEARNERS = {
     "anil": ANIL,
     "boil": BOIL,
+    "cavia": CAVIA,
     "maml": MAML,
     "meta_sgd": MetaSGD,
     "proto_maml": ProtoMAML,
@@ -28,9 +30,11 @@ LEARNERS = {
 __all__ = [
     "ANIL",
     "BOIL",
+    "CAVIA",
     "MAML",
     "R2D2",
     "Adapted",
+    "Contextual",
     "EncoderLearner",
     "GradientLearner",
     "Learner",
