@@ -24,6 +24,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--shape", type=kind.shape, help="of a sample: 3,84,84 (the model's default, else 1,28,28)")
     parser.add_argument("--ways", type=kind.count, default=5, help="outputs (5)")
     parser.add_argument("--samples", type=kind.count, default=25, help="of a task, which matters on a GPU (25)")
+    parser.add_argument("--adapt", action="append", metavar="NAME", help="what adapts, such as 'head.*' (everything)")
     add_machine_options(parser)
     options = parser.parse_args(arguments)
     use_machine(options)
@@ -33,5 +34,6 @@ def run(arguments: Sequence[str]) -> int:
     shape = options.shape or (default if isinstance(default, tuple) else (1, 28, 28))
     fields = {name: value for name, value in (("ways", options.ways), ("sample_shape", shape)) if name in takes}
     model = make_model(Part(options.model, fields)).to(options.device)
-    print(explain(model, torch.randn(options.samples, *shape, device=options.device)))
+    example = torch.randn(options.samples, *shape, device=options.device)
+    print(explain(model, example, options.adapt))
     return 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from ..engine.executor import choose_executor
@@ -13,7 +15,10 @@ from ..engine.fused import FusedExecutor, refusal
 from ..engine.lowering.graph import Op, Refusal
 from ..engine.lowering.table import Shape, batched
 from ..engine.lowering.trace import survey
-from ..engine.problem import inner_problem
+from ..engine.problem import InnerProblem, inner_problem
+from ..engine.split import SplitExecutor
+from ..errors import FallbackWarning
+from ..learners.gradient import GradientLearner
 from ..report.tables import plain
 
 
@@ -37,6 +42,7 @@ class Explanation:
     fused: the fused engine runs this model. reason: why it does not, or "". rows: every op, in order.
     parameters: of the model. flops: of one sample's forward pass through the rows whose cost is known.
     device: what example_x is on, "cpu" or "cuda". path: on a GPU, how tasks of N samples run there.
+    split: where only a part adapts and the rest is not fused, how the two run: the rest once, the part by itself.
     """
 
     fused: bool
@@ -46,6 +52,7 @@ class Explanation:
     flops: int
     device: str = "cpu"
     path: str = ""
+    split: str = ""
 
     def __str__(self) -> str:
         lines = []
@@ -62,13 +69,15 @@ class Explanation:
             if self.fused
             else f"fallback (torch.func), because {self.reason}"
         )
+        if self.split:
+            verdict = f"{self.split}; the whole would run on the {verdict}"
         head = ("op", "where", "output", "parameters", "FLOPs", "fused")
         return f"{plain(head, lines, numbers=('parameters', 'FLOPs'))}\nruns on: {verdict}"
 
     __repr__ = __str__
 
 
-def explain(model: nn.Module, example_x: Tensor) -> Explanation:
+def explain(model: nn.Module, example_x: Tensor, adapt: str | Iterable[str] | None = None) -> Explanation:
     """What the fused engine makes of `model` in its present mode, op by op: shape, parameters, FLOPs, fused or why not.
 
     FLOPs are those of one sample's forward pass: a multiply-add counts 2, an activation 1 an element, a normalisation 8
@@ -76,10 +85,13 @@ def explain(model: nn.Module, example_x: Tensor) -> Explanation:
     then says that the engine knows the op. A parameter that several ops share counts once in the total.
 
     Args:
+        model: a module, or a learner that adapts one by gradients, whose own `adapt` then counts.
         example_x: an input of the model, `[N, ...]`; only its shape, dtype and device matter, and N only for `path`.
+        adapt: names or patterns of what adapts, see `inner_loop`. Where a body that does not adapt keeps the model from
+            being fused, it says whether the rest is.
 
     Raises:
-        ValueError: `example_x` has no batch dimension.
+        ValueError: `example_x` has no batch dimension, or `adapt` names nothing.
 
     >>> import torch
     >>> explain(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.zeros(1, 3))
@@ -92,6 +104,12 @@ def explain(model: nn.Module, example_x: Tensor) -> Explanation:
     """
     if example_x.ndim < 2:
         raise ValueError(f"example_x must be a batch [N, ...] (got shape {tuple(example_x.shape)})")
+    problem = None
+    if isinstance(model, GradientLearner):
+        problem = model.problem()
+        model = problem.model
+    elif adapt is not None:
+        problem = inner_problem(model, 0.01, 1, adapt=adapt)
     found = survey(model, tuple(example_x.shape[1:]), drop=model.training, dtype=example_x.dtype)
     named = dict(model.named_parameters())
     rows = tuple(_row(step, named, found.shapes) for step in found.steps)
@@ -104,7 +122,17 @@ def explain(model: nn.Module, example_x: Tensor) -> Explanation:
         flops=sum(row.flops or 0 for row in rows),
         device=example_x.device.type,
         path=_gpu_path(model, example_x) if example_x.is_cuda and not reason else "",
+        split=_split(problem, example_x) if problem is not None and reason else "",
     )
+
+
+def _split(problem: InnerProblem, example_x: Tensor) -> str:
+    """How a model that is not fused runs in two, if it does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        ids = example_x.dtype == torch.int64
+        executor = choose_executor(problem, tuple(example_x.shape[1:]), ids=ids)
+    return executor.name if isinstance(executor, SplitExecutor) else ""
 
 
 def _gpu_path(model: nn.Module, example_x: Tensor) -> str:

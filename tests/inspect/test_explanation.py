@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from metaaug_fast import _C, models
+from metaaug_fast import _C, ANIL, models
 from metaaug_fast.engine.fused import refusal
 from metaaug_fast.inspect.explanation import explain
 
@@ -137,6 +137,21 @@ def test_dropout_shows_in_training_only():
     model = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5))
     assert [row.op for row in explain(model, torch.zeros(1, 3)).rows] == ["linear", "dropout"]
     assert [row.op for row in explain(model.eval(), torch.zeros(1, 3)).rows] == ["linear"]
+
+
+def test_a_body_that_does_not_adapt():
+    model = nn.Sequential(nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, 2))
+    how = "fused from 2 on, behind a body that runs once"
+    for found in (
+        explain(model, torch.zeros(1, 3), adapt="2.*"),
+        explain(ANIL(model, head="2"), torch.zeros(1, 3)),
+    ):
+        assert found.split == how
+        assert not found.fused
+        assert f"runs on: {how}; the whole would run on the fallback (torch.func), because SiLU at 1" in str(found)
+    for adapt in (None, ["0.*", "2.*"]):
+        assert explain(model, torch.zeros(1, 3), adapt=adapt).split == ""
+    assert explain(nn.Linear(3, 2), torch.zeros(1, 3), adapt="weight").split == ""
 
 
 def test_token_ids():
