@@ -21,7 +21,7 @@ from .fused import FusedExecutor, refusal
 from .losses import named
 from .lowering.trace import lower
 from .problem import InnerProblem, Query, Support
-from .split import SplitExecutor, tail_path, tail_problem
+from .split import SplitExecutor, find_cut, tail_problem
 
 BACKENDS = ("auto", "fused", "fallback")
 
@@ -194,14 +194,13 @@ def _make_split(
     """An executor for a model whose body does not adapt, and whether what does may drop anything."""
     try:
         whole = FallbackExecutor(problem.model, _output_shape(problem, sample_shape, ids))
-        found = tail_path(problem, sample_shape, ids)
+        cut = find_cut(problem, sample_shape, ids)
     except ValueError:  # the whole is none for the fallback, which says so
         return None
-    if found is None:
+    if cut is None:
         return None
-    path, shape = found
-    tail, drops = choose(tail_problem(problem, path), shape, backend)
-    return SplitExecutor(path, tail, whole), drops
+    tail, drops = choose(tail_problem(problem, cut.path), cut.shape, backend)
+    return SplitExecutor(cut, tail, whole), drops
 
 
 def _name(function: object) -> str:

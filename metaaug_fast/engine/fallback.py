@@ -282,12 +282,13 @@ class FallbackExecutor:
     def _chunks(self, problem: InnerProblem, x: Tensor) -> list[slice]:
         """The tasks of `x` in runs that are in memory together."""
         tasks = len(x)
-        size = problem.task_chunk or max(1, GRAPH_BYTES // self._bytes(problem, x))
+        # Four times what a pass saves: the graph and the double graph.
+        size = problem.task_chunk or max(1, GRAPH_BYTES // (4 * self.saved_bytes(problem, x)))
         size = size if self.vectorised else 1
         return [slice(first, min(first + size, tasks)) for first in range(0, tasks, size)]
 
-    def _bytes(self, problem: InnerProblem, x: Tensor) -> int:
-        """What one task needs, about: four times the tensors that its forward pass saves (graph and double graph)."""
+    def saved_bytes(self, problem: InnerProblem, x: Tensor) -> int:
+        """What the graph of one task's forward pass on `x` `[T, N, ...]` saves, about."""
         shape = x.shape[1:]
         if shape not in self._graph_bytes:
             saved = 0
@@ -301,7 +302,7 @@ class FallbackExecutor:
             with torch.inference_mode(False), torch.enable_grad(), hooks:
                 parameters = {name: _leaf(value) for name, value in problem.parameters.items()}
                 forward(problem, parameters, usable(x[0].detach()), task=0, step=0)
-            self._graph_bytes[shape] = 4 * saved + 1
+            self._graph_bytes[shape] = saved + 1
         return self._graph_bytes[shape]
 
 

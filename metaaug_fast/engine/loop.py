@@ -59,7 +59,8 @@ def inner_loop(
         support_x: `[T, S, ...]`, of the model's dtype and device; or token ids, int64, for which the fallback runs.
         support_y: class ids `[T, S]` (integers), class probabilities `[T, S, C]`, or targets of the output's shape.
         lr: a number; a tensor `()` or `[K]`; or a mapping from each adapted name to a number, a tensor of the
-            parameter's shape, or either with a leading K.
+            parameter's shape, or either with a leading K. `[K]` of a parameter with the shape `[K]` is one for each
+            element; repeated to `[K, K]`, either is said without doubt.
         sample_weight: `[T, S]`; the loss is then `sum_i w_i loss_i / S`. None: ones.
         loss: "cross_entropy", "mse", "bce" (with logits), or a callable `(prediction, target) -> scalar`
             on one task's samples, which runs in the fallback.

@@ -11,6 +11,7 @@ torch's attention modules leave their inference fast path.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import types
 from collections.abc import Callable, Iterable
@@ -72,19 +73,41 @@ def forward_until(problem: InnerProblem, parameters: dict[str, Tensor], x: Tenso
     Shared by all tasks and steps: see `forward`.
     """
     mode = ModelPass(problem, 0, 0, None)
-    reached: list[tuple[Tensor, int]] = []
-    with ONE_AT_A_TIME:
-        part = problem.model.get_submodule(path)
-        hook = part.register_forward_pre_hook(lambda _, given: reached.append((given[0], mode.site)))
+    return _until(problem, parameters, x, path, mode), mode.site
+
+
+def forward_all_until(problem: InnerProblem, x: Tensor, path: str) -> Tensor:
+    """The same of all tasks' samples `[T, N, ...]` in one pass, differentiable once: `[T, N, ...]`.
+
+    Batch norms see each task's samples by themselves. Nothing else in the model may look at other samples, or drop.
+    """
+    features = _until(problem, problem.parameters, x.flatten(0, 1), path, _SharedPass(problem, len(x)))
+    return features.unflatten(0, x.shape[:2])
+
+
+class _Reached(Exception):
+    """The pass has come to where it was to stop."""
+
+
+def _until(
+    problem: InnerProblem, parameters: dict[str, Tensor], x: Tensor, path: str, mode: ModelPass | _SharedPass
+) -> Tensor:
+    found: list[Tensor] = []
+
+    def stop(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        found.append(given[0])
+        raise _Reached  # what follows might draw random numbers
+
+    with ONE_AT_A_TIME, contextlib.suppress(_Reached):
+        hook = problem.model.get_submodule(path).register_forward_pre_hook(stop)
         try:
             _called(problem, parameters, x, mode)
         finally:
             hook.remove()
-    (found,) = reached
-    return found
+    return found[0]
 
 
-def _called(problem: InnerProblem, values: dict[str, Tensor], x: Tensor, mode: ModelPass) -> Tensor:
+def _called(problem: InnerProblem, values: dict[str, Tensor], x: Tensor, mode: ModelPass | _SharedPass) -> Tensor:
     # Copies, because a batch norm in training mode counts its batches in place.
     buffers = {name: value.clone() for name, value in problem.model.named_buffers()}
     mode.names = {id(value): name for name, value in buffers.items()}
@@ -134,6 +157,18 @@ def _open(function: Callable) -> Callable:
     return opened
 
 
+def _reads_running(problem: InnerProblem) -> bool:
+    """Whether batch norms normalise with running statistics, where they have any."""
+    return problem.batch_norm == "frozen" or (problem.batch_norm == "running" and not problem.training)
+
+
+def _values_a_channel(x: Tensor) -> int:
+    count = math.prod(x.shape[dim] for dim in (0, *range(2, x.ndim)))
+    if count < 2:
+        raise ValueError(f"batch norm needs at least 2 values a channel (got input {tuple(x.shape)})")
+    return count
+
+
 _multi_head_attention = _open(F.multi_head_attention_forward)
 
 
@@ -171,16 +206,11 @@ class ModelPass(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        policy = self.problem.batch_norm
-        running = policy == "frozen" or (policy == "running" and not self.problem.training)
-        if running and running_mean is not None and running_var is not None:
+        if _reads_running(self.problem) and running_mean is not None and running_var is not None:
             scale = (running_var + eps).rsqrt()
             return _affine(_affine(input, scale, -running_mean * scale), weight, bias)
-        dims = (0, *range(2, input.ndim))
-        count = math.prod(input.shape[dim] for dim in dims)
-        if count < 2:
-            raise ValueError(f"batch norm needs at least 2 values a channel (got input {tuple(input.shape)})")
-        output, mean, variance = normalise(input, dims, eps)
+        count = _values_a_channel(input)
+        output, mean, variance = normalise(input, (0, *range(2, input.ndim)), eps)
         name = self.names.get(id(running_mean))
         if self.statistics is not None and name is not None:
             unbiased = variance.flatten() * (count / (count - 1))
@@ -286,3 +316,43 @@ _REPLACEMENTS: dict[Callable, Callable] = {
     F.scaled_dot_product_attention: ModelPass.attention,
     F.multi_head_attention_forward: ModelPass.multi_head_attention,
 }
+
+
+class _SharedPass(TorchFunctionMode):
+    """Active during one call of the model on the samples of T tasks; only its batch norms are replaced."""
+
+    def __init__(self, problem: InnerProblem, tasks: int) -> None:
+        super().__init__()
+        self.problem, self.tasks = problem, tasks
+        self.names: dict[int, str] = {}
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is F.batch_norm:
+            return self.batch_norm(*args, **(kwargs or {}))
+        if func is torch.batch_norm:
+            return self.torch_batch_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        # The mode is off meanwhile.
+        if _reads_running(self.problem) and running_mean is not None and running_var is not None:
+            return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        each = input.chunk(self.tasks)
+        _values_a_channel(each[0])
+        return torch.cat([F.batch_norm(one, None, None, weight, bias, True, momentum, eps) for one in each])
+
+    def torch_batch_norm(
+        self, input: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, *rest: Any, **kwargs: Any
+    ) -> Tensor:
+        kwargs.pop("cudnn_enabled", None)
+        return self.batch_norm(input, running_mean, running_var, weight, bias, *rest[:3], **kwargs)

@@ -7,22 +7,40 @@ So the body need not be fused, and takes one pass and one gradient whatever the 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from os.path import commonpath
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..tasks import MetaOutput
 from .exclusive import ONE_AT_A_TIME
 from .fallback import FallbackExecutor
-from .norms import forward, forward_until
+from .norms import forward, forward_all_until, forward_until
 from .problem import NORMS, InnerProblem, Query, Rate, Support
 from .reference import pack, unpack
 
 if TYPE_CHECKING:
     from .executor import Executor
+
+
+BODY_BYTES = 2**30
+"""What the graph of a body may take; that of a larger one is made again, chunk by chunk of the tasks, in `backward`."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a model falls in two.
+
+    path: of the tail among its submodules. shape: of the tail's input, per sample. mixes: the body makes of a sample
+    what depends on others (beyond what batch norms do), or must be run otherwise than by torch's own functions.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    mixes: bool
 
 
 class SplitExecutor:
@@ -32,14 +50,14 @@ class SplitExecutor:
     `initial`, which may give every task a body of its own) runs in the fallback.
 
     Args:
-        path: of the tail among the model's submodules; see `tail_path`.
+        cut: between the two; see `find_cut`.
         tail: the executor of the tail on features.
         whole: that of the whole model.
     """
 
-    def __init__(self, path: str, tail: Executor, whole: FallbackExecutor) -> None:
-        self.path, self.tail, self.whole = path, tail, whole
-        self.name = f"{tail.name} from {path} on, behind a body that runs once"
+    def __init__(self, cut: Cut, tail: Executor, whole: FallbackExecutor) -> None:
+        self.path, self.mixes, self.tail, self.whole = cut.path, cut.mixes, tail, whole
+        self.name = f"{tail.name} from {cut.path} on, behind a body that runs once"
         self.output_shape = tail.output_shape
 
     def adapt(self, problem: InnerProblem, support: Support) -> Tensor:
@@ -99,10 +117,21 @@ class SplitExecutor:
     def _features(self, problem: InnerProblem, x: Tensor) -> Tensor:
         """What the body makes of `x` `[T, N, ...]`, as ordinary torch, differentiable."""
 
+        def all_at_once(x: Tensor) -> Tensor:
+            return forward_all_until(problem, x, self.path)
+
         def one(x: Tensor) -> Tensor:
             return forward_until(problem, problem.parameters, x, self.path)[0]
 
-        return self.whole.over_tasks(one, x)
+        if self.mixes:
+            return self.whole.over_tasks(one, x)
+        chunk = problem.task_chunk or max(1, BODY_BYTES // self.whole.saved_bytes(problem, x))
+        if chunk >= len(x) or not torch.is_grad_enabled():
+            return all_at_once(x)
+        parts = [
+            checkpoint(all_at_once, part, use_reentrant=False, preserve_rng_state=False) for part in x.split(chunk)
+        ]
+        return torch.cat(parts)
 
     def _places(self, problem: InnerProblem) -> Tensor:
         """Where the tail's weights lie among all, `[P of the tail]`."""
@@ -127,15 +156,15 @@ def tail_problem(problem: InnerProblem, path: str) -> InnerProblem:
     )
 
 
-def tail_path(problem: InnerProblem, sample_shape: tuple[int, ...], ids: bool) -> tuple[str, tuple[int, ...]] | None:
-    """The smallest submodule in which all that adapts lies and with which the model ends, and the shape of its input.
+def find_cut(problem: InnerProblem, sample_shape: tuple[int, ...], ids: bool) -> Cut | None:
+    """Before the smallest submodule in which all that adapts lies and with which the model ends.
 
     None where there is none: a pass over random samples shows whether the model calls it once, on one tensor `[N, ...]`
     that depends on none of its weights, and returns what it returns. The body must be the same in all passes: nothing
     in it drops, has weights for each step, or learns running statistics.
     """
     like = next(iter(problem.parameters.values()))
-    shape, device = (2, *sample_shape), like.device
+    shape, device = (4, *sample_shape), like.device
     if ids:
         x = torch.zeros(shape, dtype=torch.int64, device=device)
     else:
@@ -144,7 +173,7 @@ def tail_path(problem: InnerProblem, sample_shape: tuple[int, ...], ids: bool) -
     path = commonpath(owners).replace("/", ".")
     while path:
         if _stands_alone(problem, path) and (found := _probe(problem, path, x)) is not None:
-            return path, found
+            return found
         path = path.rpartition(".")[0]
     return None
 
@@ -163,8 +192,8 @@ def _stands_alone(problem: InnerProblem, path: str) -> bool:
     return not (shared or learns or by_step) and tail.training == problem.training
 
 
-def _probe(problem: InnerProblem, path: str, x: Tensor) -> tuple[int, ...] | None:
-    """Shape of the tail's input per sample; None where the model does not end with the tail, see `tail_path`."""
+def _probe(problem: InnerProblem, path: str, x: Tensor) -> Cut | None:
+    """The cut before a submodule; None where the model does not end with that, see `find_cut`."""
     calls: list[tuple[Any, Any, Any]] = []
     weights = {name: value.detach().requires_grad_() for name, value in problem.parameters.items()}
     with ONE_AT_A_TIME, torch.enable_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
@@ -185,7 +214,19 @@ def _probe(problem: InnerProblem, path: str, x: Tensor) -> tuple[int, ...] | Non
             return None
         inside = [value for name, value in weights.items() if name.startswith(f"{path}.")]
         reached = torch.autograd.grad(features.sum(), inside, allow_unused=True) if features.requires_grad else ()
-        return None if any(value is not None for value in reached) else tuple(features.shape[1:])
+        if any(value is not None for value in reached):
+            return None
+        return Cut(path, tuple(features.shape[1:]), _mixes(problem, path, x))
+
+
+@torch.no_grad()
+def _mixes(problem: InnerProblem, path: str, x: Tensor) -> bool:
+    """Whether two tasks of two samples give other features together than one by one."""
+    tasks = x.unflatten(0, (2, 2))
+    expected = torch.stack([forward_until(problem, problem.parameters, each, path)[0] for each in tasks])
+    found = forward_all_until(problem, tasks, path)
+    tolerance = torch.finfo(found.dtype).eps ** 0.75
+    return not torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
 
 
 def _cannot_split(support: Support) -> bool:

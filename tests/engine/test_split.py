@@ -222,3 +222,48 @@ def test_a_tail_that_is_not_fused_runs_in_the_fallback():
     inputs = leaves(problem, support, query)
     got, expected = executor.meta_loss(problem, support, query), reference.meta_loss(problem, support, query)
     assert_close(gradients(got.loss, inputs, **KEEP), gradients(expected.loss, inputs, **KEEP))
+
+
+class Mixing(nn.Module):
+    """Of every sample it takes the mean over all that are with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(3, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.first(x))
+        return self.head(x - x.mean(0))
+
+
+def test_a_body_that_mixes_samples_sees_each_task_s_own():
+    problem = inner_problem(Mixing().double(), 0.3, STEPS, adapt="head.*")
+    support, query = sets((3,), TASKS, 6)
+    executor, inputs = executor_of(problem, support), leaves(problem, support, query)
+    assert executor.mixes
+    got, expected = executor.meta_loss(problem, support, query), reference.meta_loss(problem, support, query)
+    assert_close(gradients(got.loss, inputs, **KEEP), gradients(expected.loss, inputs, **KEEP))
+
+
+@pytest.mark.parametrize("name", ["transformer", "convolutions"])
+@pytest.mark.parametrize("policy", ["batch", "running", "frozen"])
+def test_a_large_body_in_chunks_and_every_policy(name, policy):
+    problem, support, query = build(name, batch_norm=policy, task_chunk=2)
+    problem.model.eval()
+    for norm in problem.model.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
+    executor, inputs = executor_of(problem, support), leaves(problem, support, query)
+    assert not executor.mixes
+    got, expected = executor.meta_loss(problem, support, query), reference.meta_loss(problem, support, query)
+    assert_close(gradients(got.loss, inputs, **KEEP), gradients(expected.loss, inputs, **KEEP))
+
+
+def test_the_model_and_torch_s_random_numbers_stay_as_they_were():
+    problem, support, query = build("convolutions")
+    before = [value.clone() for value in problem.model.state_dict().values()]
+    state = torch.get_rng_state()
+    executor_of(problem, support).meta_loss(problem, support, query).loss.backward()
+    assert torch.get_rng_state().equal(state)
+    assert all(map(torch.equal, before, problem.model.state_dict().values()))
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in problem.model.modules())
