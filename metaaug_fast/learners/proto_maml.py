@@ -91,6 +91,9 @@ class ProtoMAML(UnrolledLearner):
     def _features(self, problem: InnerProblem, x: Tensor) -> Tensor:
         """What the head gets of each task's samples, `[T, S, D]`, with the norms and dropout of the problem."""
         body: nn.Module = self.__dict__["_body"]
+        names = self.head.split(".")
+        for above in (".".join(names[:depth]) for depth in range(len(names))):  # copies, whose mode does not follow
+            body.get_submodule(above).training = self.model.get_submodule(above).training
         parameters = {name: problem.parameters[name] for name, _ in body.named_parameters()}
         shorn = replace(problem, model=body, parameters=parameters, rates={}, steps=0, loss="cross_entropy")
         if not parameters:  # of a model that is a head and nothing else

@@ -93,6 +93,20 @@ def test_dropout_drops_in_training_alone():
 
 
 @backends
+def test_prototypes_follow_the_mode(backend):
+    """Under "running" those of evaluation are normalised by running statistics, though training came before."""
+    net = nn.Sequential(nn.Sequential(nn.Linear(4, 7), nn.BatchNorm1d(7)), nn.Sequential(nn.Linear(7, 3))).double()
+    learner, batch = mf.ProtoMAML(net, inner_steps=0, batch_norm="running", backend=backend), class_tasks(4)
+    learner(batch)
+    learner.eval()
+    weights = learner.adapt(*batch.tensors[:2]).as_dict()["1.0.weight"]
+    for task, (x, y) in enumerate(zip(*batch.tensors[:2], strict=True)):
+        centres = torch.stack([net[0](x[y == way]).mean(0) for way in range(3)])
+        assert relative_error(weights[task], 2 * centres) < 1e-12
+    assert not learner.transductive
+
+
+@backends
 def test_a_replaced_layer_counts_at_once(backend):
     learner, batch = mf.ProtoMAML(model(), 0.3, 1, backend=backend), class_tasks(4)
     learner(batch)

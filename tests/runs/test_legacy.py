@@ -103,7 +103,7 @@ def test_their_runs_cannot_go_on(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "change",
-    [{"data": "mnist"}, {"learner": "anil"}, {"inner_lr": "x"}, {"model": 3}, {"steps": None}, {"model": "resnet"}],
+    [{"data": "mnist"}, {"learner": "lost"}, {"inner_lr": "x"}, {"model": 3}, {"steps": None}, {"model": "resnet"}],
 )
 def test_settings_that_are_none(tmp_path, monkeypatch, change):
     path = tmp_path / "old.safetensors"
