@@ -7,6 +7,7 @@ from .cavia import CAVIA, Contextual
 from .encoder import EncoderLearner
 from .gradient import GradientLearner
 from .maml import MAML
+from .mamlpp import MAMLpp
 from .meta_sgd import MetaSGD
 from .proto_maml import ProtoMAML
 from .protonet import ProtoNet
@@ -19,6 +20,7 @@ LEARNERS = {
     "boil": BOIL,
     "cavia": CAVIA,
     "maml": MAML,
+    "mamlpp": MAMLpp,
     "meta_sgd": MetaSGD,
     "proto_maml": ProtoMAML,
     "protonet": ProtoNet,
@@ -38,6 +40,7 @@ __all__ = [
     "EncoderLearner",
     "GradientLearner",
     "Learner",
+    "MAMLpp",
     "MetaSGD",
     "Predictor",
     "ProtoMAML",
