@@ -98,7 +98,7 @@ def test_prototypes_follow_the_mode(backend):
     net = nn.Sequential(nn.Sequential(nn.Linear(4, 7), nn.BatchNorm1d(7)), nn.Sequential(nn.Linear(7, 3))).double()
     learner, batch = mf.ProtoMAML(net, inner_steps=0, batch_norm="running", backend=backend), class_tasks(4)
     learner(batch)
-    learner.eval()
+    net.eval()
     weights = learner.adapt(*batch.tensors[:2]).as_dict()["1.0.weight"]
     for task, (x, y) in enumerate(zip(*batch.tensors[:2], strict=True)):
         centres = torch.stack([net[0](x[y == way]).mean(0) for way in range(3)])
