@@ -21,12 +21,16 @@ class Point:
 
 @dataclass(frozen=True)
 class ValidationPoint:
-    """What `evaluate` found after so many meta-steps: the mean, half its 95 % interval, and the score to compare by."""
+    """What `evaluate` found after so many meta-steps: the mean, half its 95 % interval, and the score to compare by.
+
+    seconds: in meta-steps until then; None in what was written before there were any.
+    """
 
     step: int
     mean: float
     interval: float
     score: float
+    seconds: float | None = field(default=None, compare=False)
 
 
 @dataclass

@@ -217,7 +217,7 @@ class _Loop:
             return False
         found = self.validate()
         best = history.best
-        history.validation.append(ValidationPoint(run.step, found.mean, found.interval, found.score))
+        history.validation.append(ValidationPoint(run.step, found.mean, found.interval, found.score, history.seconds))
         if best is None or found.score > best.score:
             return True
         since = sum(point.step > best.step for point in history.validation)

@@ -15,8 +15,9 @@ from tests.runs.small import done, small
 def timeless(state):
     """A checkpoint's state without its times."""
     history = state["history"]
-    points = [{**point, "tasks_per_second": 0} for point in history["training"]]
-    return {**state, "history": {**history, "seconds": 0, "training": points}}
+    training = [{**point, "tasks_per_second": 0} for point in history["training"]]
+    validation = [{**point, "seconds": 0} for point in history["validation"]]
+    return {**state, "history": {**history, "seconds": 0, "training": training, "validation": validation}}
 
 
 @pytest.mark.parametrize(

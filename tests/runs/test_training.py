@@ -39,7 +39,7 @@ def test_history_has_the_curves_and_losses_fall():
     assert [point.step for point in history.validation] == [100, 200, 300]
     assert history.training[-1].step == 300
     assert history.stopped_by is None
-    assert history.seconds > 0
+    assert 0 < history.validation[0].seconds < history.validation[1].seconds < history.seconds
     losses = [point.loss for point in history.training]
     assert sum(losses[-50:]) < sum(losses[:50])
     assert all(point.accuracy is None and point.tasks_per_second > 0 for point in history.training)
@@ -57,8 +57,14 @@ def test_points_are_means_over_the_steps_since_the_last(monkeypatch):
 
 
 def test_history_round_trip():
-    history = History([Point(1, 0.5, 0.25, 10.0), Point(2, 0.4)], [ValidationPoint(2, 0.9, 0.01, 0.9)], 3.5, "SIGTERM")
-    assert History.from_dict(history.as_dict()) == history
+    history = History(
+        [Point(1, 0.5, 0.25, 10.0), Point(2, 0.4)], [ValidationPoint(2, 0.9, 0.01, 0.9, 3.0)], 3.5, "SIGTERM"
+    )
+    content = history.as_dict()
+    assert History.from_dict(content) == history
+    assert History.from_dict(content).validation[0].seconds == 3.0
+    del content["validation"][0]["seconds"]  # as it was written before
+    assert History.from_dict(content).validation[0].seconds is None
 
 
 @pytest.mark.parametrize("kind", ["maml", "reptile"])
