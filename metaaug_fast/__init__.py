@@ -16,7 +16,20 @@ from .errors import CheckpointError, ContractError, FallbackWarning, FileWriteEr
 from .inspect.contract import ContractReport, check_learner
 from .inspect.explanation import explain
 from .inspect.gradients import GradientReport, check_gradients
-from .learners import ANIL, BOIL, CAVIA, MAML, R2D2, Learner, MAMLpp, MetaSGD, ProtoMAML, ProtoNet, Reptile
+from .learners import (
+    ANIL,
+    BOIL,
+    CAVIA,
+    MAML,
+    R2D2,
+    Learner,
+    MAMLpp,
+    MetaSGD,
+    MetaTransfer,
+    ProtoMAML,
+    ProtoNet,
+    Reptile,
+)
 from .runs.evaluation import Evaluation, evaluate
 from .runs.history import History
 from .runs.load import load
@@ -44,6 +57,7 @@ __all__ = [
     "MAMLpp",
     "MetaOutput",
     "MetaSGD",
+    "MetaTransfer",
     "NonFiniteError",
     "NotFusedError",
     "ProtoMAML",

@@ -9,6 +9,7 @@ from .gradient import GradientLearner
 from .maml import MAML
 from .mamlpp import MAMLpp
 from .meta_sgd import MetaSGD
+from .meta_transfer import HardTasks, MetaTransfer
 from .proto_maml import ProtoMAML
 from .protonet import ProtoNet
 from .r2d2 import R2D2
@@ -22,6 +23,7 @@ LEARNERS = {
     "maml": MAML,
     "mamlpp": MAMLpp,
     "meta_sgd": MetaSGD,
+    "meta_transfer": MetaTransfer,
     "proto_maml": ProtoMAML,
     "protonet": ProtoNet,
     "r2d2": R2D2,
@@ -39,9 +41,11 @@ __all__ = [
     "Contextual",
     "EncoderLearner",
     "GradientLearner",
+    "HardTasks",
     "Learner",
     "MAMLpp",
     "MetaSGD",
+    "MetaTransfer",
     "Predictor",
     "ProtoMAML",
     "ProtoNet",
