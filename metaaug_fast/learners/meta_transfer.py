@@ -25,7 +25,7 @@ from .parts import find_head, inside, replaced
 from .unrolled import UnrolledLearner
 
 POLICIES = ("frozen", "batch")
-LEARNS = ("scale_shift", "head", "all")
+LEARNS = ("scale_shift", "head", "weights", "all")
 SCALED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _HARD = 1 << 40  # where the batches of hard tasks begin, which no run of episodes gets to
 
@@ -190,7 +190,7 @@ class MetaTransfer(UnrolledLearner):
             x: `[N, ...]`.
             y: class ids `[N]`, below the head's outputs.
             steps: of Adam, whose rate `lr` falls to 0 along a cosine.
-            learns: "scale_shift": these and the head; "head": that alone; "all": all weights, too.
+            learns: besides the head: "scale_shift", "weights" (plain fine-tuning), "all" of these, or "head": nothing.
             batch: samples a step.
             seed: of their order.
 
@@ -485,7 +485,7 @@ def _check_labels(y: Tensor, output: Tensor) -> None:
 
 
 def _let_learn(network: nn.Module, head: str, learns: str) -> None:
-    """Say which parameters learn: besides the head, of `learns`, weights, scales and shifts, or all."""
+    """Say which parameters learn: see `MetaTransfer.fine_tune`."""
     steering = {id(each) for layer in _scaled_layers(network) for each in (layer.scale, layer.shift)}
     heads = {id(each) for each in network.get_submodule(head).parameters()}
     for value in network.parameters():

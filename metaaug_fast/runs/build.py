@@ -30,6 +30,7 @@ def make_sources(
     """The data of each split, on a device where they are samples.
 
     A data set that takes no `split` is made once and cut by its classes, 64 : 16 : 20; a family of functions is whole.
+    The split "all" is all classes.
 
     Raises:
         ValueError, OSError: the data set cannot be made, read or cut, or `download` is asked of one that fetches none.
@@ -59,7 +60,7 @@ def make_sources(
         return {split: made(split=split) for split in splits}
     source = made()
     if isinstance(source, ClassSamples):
-        parts = source.split_shares(SHARES)
+        parts = {**source.split_shares(SHARES), "all": source}
         return {split: parts[split] for split in splits}
     if target_shape_of(source) is None:
         raise ValueError(

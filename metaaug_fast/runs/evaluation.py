@@ -126,7 +126,7 @@ def evaluate(
     return Evaluation(
         metric="accuracy" if accurate else _name(getattr(learner, "loss", "loss")),
         mean=float(values.mean()),
-        interval=_student(count - 1) * float(values.std()) / math.sqrt(count),
+        interval=student(count - 1) * float(values.std()) / math.sqrt(count),
         loss=float(torch.cat([output.task_losses for output in last]).double().mean()),
         episodes=count,
         steps=taken,
@@ -170,12 +170,12 @@ def _first(episodes: Repeatable | Iterable[Any], count: int) -> Iterator[TaskBat
         left -= batch.tasks
 
 
-def _student(freedom: int) -> float:
+def student(freedom: int) -> float:
     """Student's t for a 95 % interval, for so many degrees of freedom.
 
     Bisects the closed form of its distribution (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4).
 
-    >>> [round(_student(freedom), 3) for freedom in (1, 2, 9, 599)]
+    >>> [round(student(freedom), 3) for freedom in (1, 2, 9, 599)]
     [12.706, 4.303, 2.262, 1.964]
     """
     low, high = 0.0, math.pi / 2

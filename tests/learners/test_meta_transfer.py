@@ -258,7 +258,7 @@ def test_fine_tuning_learns_what_can_be_told_apart():
     x = centres[y] + 0.1 * torch.randn(300, 4, dtype=torch.float64)
     learner = mf.MetaTransfer(perceptron(), inner_steps=1)
     before = copy.deepcopy(learner.state_dict())
-    for learns in ("scale_shift", "head", "all"):
+    for learns in ("scale_shift", "head", "weights", "all"):
         classifier = learner.fine_tune(x[:15], y[:15], 300, learns=learns, lr=0.05)
         assert (classifier(x).argmax(1) == y).all()
         assert same(dict(learner.state_dict()), dict(before))
@@ -267,6 +267,7 @@ def test_fine_tuning_learns_what_can_be_told_apart():
         }
         assert moved == {
             "scale_shift": {"0.scale", "0.shift", "2.weight", "2.bias"}, "head": {"2.weight", "2.bias"},
+            "weights": {"0.layer.weight", "0.layer.bias", "2.weight", "2.bias"},
             "all": {"0.scale", "0.shift", "0.layer.weight", "0.layer.bias", "2.weight", "2.bias"},
         }[learns]  # fmt: skip
 
