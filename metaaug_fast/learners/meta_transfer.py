@@ -47,7 +47,7 @@ class MetaTransfer(UnrolledLearner):
 
     Args:
         model: any module with a linear layer or convolution before its head. It is shared, its body is frozen.
-        inner_lr, inner_steps, learn_inner_lr: see `MAML`.
+        inner_lr, inner_steps, learn_inner_lr: see `MAML`. The paper's, for 640 features; fewer want a higher rate.
         head: the name of the layer that adapts, such as "classifier". None: it is found.
         batch_norm: "frozen": by running statistics; "batch": by the batch's own in meta-training and meta-testing.
         first_order, loss, backend, label_smoothing, momentum, weight_decay, task_chunk, precision: see `MAML`.
@@ -127,7 +127,8 @@ class MetaTransfer(UnrolledLearner):
             raise ValueError(f"data must have at least two classes (got {classes})")
         if epochs is not None:
             check_count("epochs", epochs, low=1)
-            steps = epochs * math.ceil(len(x) / batch)
+            check_count("batch", batch, low=1)
+            steps = epochs * (len(x) // min(batch, len(x)))
         like = layer.weight
         head = nn.Linear(layer.in_features, classes, device=like.device, dtype=like.dtype)
         _reset(self.model)

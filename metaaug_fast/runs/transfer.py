@@ -166,6 +166,7 @@ def transfer(
     Raises:
         TypeError, ValueError: an argument is out of range, a source does not fit the target or has too few classes, or
             a class of the target no more samples than `shots`.
+        KeyboardInterrupt: a signal stopped meta-training.
 
     >>> from metaaug_fast.runs.config import configure
     >>> content = {"learner": {"name": "meta_transfer"}, "data": {"name": "glyphs"}}
@@ -241,7 +242,9 @@ def _ways_there(
     learner.join_target(*labels, recipe.target_weight)
     tasks = episodes if recipe.easy else HardTasks(learner, episodes)
     with clock.of("meta-training"):
-        train(learner, tasks, recipe.meta_steps, meta_lr=recipe.meta_lr, progress=progress)
+        history = train(learner, tasks, recipe.meta_steps, meta_lr=recipe.meta_lr, progress=progress)
+    if history.stopped_by is not None:  # by a signal: no figure is of a training cut short
+        raise KeyboardInterrupt
     with clock.of("fine-tuning"):
         network = learner.fine_tune(*labels, steps, learns=recipe.learns, lr=lr, seed=seed)
     yield "meta-transfer", network

@@ -137,6 +137,18 @@ def test_pretraining_learns_the_body_alone():
     assert [value.requires_grad for value in learner.model[0].layer.parameters()] == [False, False]
 
 
+def test_an_epoch_is_a_pass():
+    """Of as many whole batches as there are."""
+    x, y = torch.randn(50, 4, dtype=torch.float64), torch.arange(50) % 5
+    found = []
+    for options in ({"epochs": 3, "batch": 16}, {"steps": 9, "batch": 16}, {"epochs": 4}, {"steps": 4}):
+        torch.manual_seed(0)
+        found.append(mf.MetaTransfer(perceptron()))
+        found[-1].pretrain((x, y), **options)
+    assert same(dict(found[0].state_dict()), dict(found[1].state_dict()))
+    assert same(dict(found[2].state_dict()), dict(found[3].state_dict()))
+
+
 def test_a_pretrained_network_is_as_a_classifiers_own():
     """The same steps, written out: Adam along a cosine, batches from a shuffle, the rest of an epoch left."""
     x, y = torch.randn(10, 4, dtype=torch.float64), torch.arange(10) % 2

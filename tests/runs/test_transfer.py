@@ -77,6 +77,13 @@ def test_a_recipe_of_meta_training_is_of_no_matter_to_other_ways():
         assert found[0][way] == found[1][way] == found[2][way]
 
 
+def test_a_training_that_was_stopped_gives_no_figures(monkeypatch):
+    stopped = mf.History(stopped_by="SIGINT")
+    monkeypatch.setattr("metaaug_fast.runs.transfer.train", lambda *_, **__: stopped)
+    with pytest.raises(KeyboardInterrupt):
+        transfer(config(), {"one": clusters(6)}, clusters(4), (2,), seeds=1, recipe=Recipe(**QUICK))
+
+
 def test_what_is_held_out():
     """Never a label; half of a class, or what the number allows, or what the labels leave."""
     data = mf.data.ClassSamples.from_arrays(torch.arange(60.0)[:, None], torch.arange(60) % 3)
