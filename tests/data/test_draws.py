@@ -1,7 +1,10 @@
 """The random streams against the algorithm written out in plain Python."""
 
+import math
+
 import numpy as np
 import pytest
+import torch
 
 from metaaug_fast.data.draws import Draws, shuffled
 
@@ -52,6 +55,22 @@ def test_streams_follow_the_definition(rng, where):
         assert draws.bits(count).tolist() == [[stream.bits() for _ in range(count)] for stream in streams]
     expected = [[(stream.bits() >> 11) / 2**53 for _ in range(4)] for stream in streams]
     assert draws.uniform(4).tolist() == expected
+
+
+def test_normal_numbers_follow_the_definition_and_are_normal(rng, where):
+    seed, batch, tasks = where
+    draws, streams = Draws(seed, batch, tasks), [SplitMix(seed, batch, task) for task in range(tasks)]
+    for row, stream in zip(draws.normal(3), streams, strict=True):
+        uniform = [(stream.bits() >> 11) / 2**53 for _ in range(6)]
+        expected = [
+            math.sqrt(-2 * math.log(1 - a)) * math.cos(2 * math.pi * b)
+            for a, b in zip(uniform, uniform[3:], strict=False)
+        ]
+        np.testing.assert_allclose(row, expected, rtol=1e-12, atol=1e-12)
+    drawn = np.sort(Draws(int(rng.integers(2**62)), 0, 1000).normal(40).ravel())
+    normal = torch.special.ndtr(torch.from_numpy(drawn)).numpy()
+    # Kolmogorov and Smirnov: 2.7 / sqrt(n) is exceeded once in a million times.
+    assert np.abs(normal - (np.arange(len(drawn)) + 0.5) / len(drawn)).max() < 2.7 / math.sqrt(len(drawn))
 
 
 def test_distinct_is_a_fisher_yates_shuffle(rng, where):
