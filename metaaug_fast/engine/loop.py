@@ -61,7 +61,7 @@ def inner_loop(
         lr: a number; a tensor `()` or `[K]`; or a mapping from each adapted name to a number, a tensor of the
             parameter's shape, or either with a leading K. `[K]` of a parameter with the shape `[K]` is one for each
             element; repeated to `[K, K]`, either is said without doubt.
-        sample_weight: `[T, S]`; the loss is then `sum_i w_i loss_i / S`. None: ones.
+        sample_weight: `[T, S]`, of either sign; the loss is then `sum_i w_i loss_i / S`. None: ones.
         loss: "cross_entropy", "mse", "bce" (with logits), or a callable `(prediction, target) -> scalar`
             on one task's samples, which runs in the fallback.
         adapt: names or shell patterns (`"head.*"`) of the parameters that move; None: all that require a gradient.

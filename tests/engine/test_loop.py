@@ -52,7 +52,7 @@ def test_weights_and_gradients_are_the_references(name: str, backend: str) -> No
     model, (x, y, _) = perceptron(nn.BatchNorm1d(7), nn.Tanh()), data(classes="smoothed" in name)
     if isinstance(options["lr"], Tensor):
         options["lr"] = options["lr"].clone().requires_grad_()
-    leaves = [x, torch.rand(T, S).double() + 0.5, torch.randn(T, 7 * (F + 1 + 2 + C) + C).double()]
+    leaves = [x, 2 * torch.rand(T, S).double() - 0.5, torch.randn(T, 7 * (F + 1 + 2 + C) + C).double()]
     if y.is_floating_point():
         leaves.append(y)
     for leaf in leaves:
