@@ -12,7 +12,15 @@ from . import data, learners, models, runs
 from .engine import reference
 from .engine.fast_weights import FastWeights
 from .engine.loop import inner_loop
-from .errors import CheckpointError, ContractError, FallbackWarning, FileWriteError, NonFiniteError, NotFusedError
+from .errors import (
+    CheckpointError,
+    ContractError,
+    ConvergenceWarning,
+    FallbackWarning,
+    FileWriteError,
+    NonFiniteError,
+    NotFusedError,
+)
 from .inspect.contract import ContractReport, check_learner
 from .inspect.explanation import explain
 from .inspect.gradients import GradientReport, check_gradients
@@ -20,6 +28,7 @@ from .learners import (
     ANIL,
     BOIL,
     CAVIA,
+    IMAML,
     MAML,
     R2D2,
     Learner,
@@ -42,11 +51,13 @@ __all__ = [
     "ANIL",
     "BOIL",
     "CAVIA",
+    "IMAML",
     "MAML",
     "R2D2",
     "CheckpointError",
     "ContractError",
     "ContractReport",
+    "ConvergenceWarning",
     "Evaluation",
     "FallbackWarning",
     "FastWeights",

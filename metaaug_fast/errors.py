@@ -7,6 +7,10 @@ class FallbackWarning(UserWarning):
     """A module runs outside the fused engine; said once for each module and reason."""
 
 
+class ConvergenceWarning(UserWarning):
+    """Equations were not solved to the accuracy asked for; said once for each learner and reason."""
+
+
 class NotFusedError(RuntimeError):
     """`backend="fused"` was asked for and the module, loss or device cannot be fused."""
 

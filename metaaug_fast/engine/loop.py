@@ -114,8 +114,7 @@ def inner_loop(
 
 def adapt_tasks(problem: InnerProblem, support: Support, backend: str = "auto") -> FastWeights:
     """Check the support set and adapt every task to it."""
-    executor, problem = _prepare(problem, support, backend)
-    support = _checked(problem, support, executor)
+    executor, problem, support = prepare(problem, support, backend)
     return FastWeights(problem, executor.adapt(problem, support), backend)
 
 
@@ -123,15 +122,13 @@ def adapt_tasks_mean(
     problem: InnerProblem, support: Support, query: Query | None = None, backend: str = "auto"
 ) -> tuple[Tensor, MetaOutput | None]:
     """Check the sets and give the mean over tasks of `theta_K - theta_0`, `[P]`, and theta_K judged on a query set."""
-    executor, problem = _prepare(problem, support, backend)
-    support = _checked(problem, support, executor)
+    executor, problem, support = prepare(problem, support, backend)
     return executor.adapt_mean(problem, support, query and _checked_query(problem, support, query, executor))
 
 
 def meta_loss(problem: InnerProblem, support: Support, query: Query, backend: str = "auto") -> MetaOutput:
     """Check both sets, adapt every task to its support set and judge it on its query set."""
-    executor, problem = _prepare(problem, support, backend)
-    support = _checked(problem, support, executor)
+    executor, problem, support = prepare(problem, support, backend)
     return executor.meta_loss(problem, support, _checked_query(problem, support, query, executor))
 
 
@@ -156,16 +153,23 @@ def judge_steps(problem: InnerProblem, support: Support, query: Query, backend: 
     if query.step_weights is not None:
         got = type(query.step_weights).__name__
         raise ValueError(f"step_weights must be None where every step is judged by itself (got a {got})")
-    executor, problem = _prepare(problem, support, backend)
-    support = _checked(problem, support, executor)
+    executor, problem, support = prepare(problem, support, backend)
     return executor.judge_steps(problem, support, _checked_query(problem, support, query, executor))
 
 
-def _checked(problem: InnerProblem, support: Support, executor: Executor) -> Support:
-    """The support set, with its rows where the samples are: those on the CPU are checked without waiting for a GPU."""
+def prepare(problem: InnerProblem, support: Support, backend: str) -> tuple[Executor, InnerProblem, Support]:
+    """Check the support set; who runs it, the problem with a fresh dropout seed if anything may drop, and the set.
+
+    Its rows come to lie where the samples are: those on the CPU are checked without waiting for a GPU.
+    """
+    check_samples("support", support.x, support.y)
+    check_inputs(problem, "support_x", support.x)
+    executor, drops = choose(problem, support.x.shape[2:], backend, support.x.dtype == torch.int64)
     check_support(problem, support, executor.output_shape)
     support = _lasting(support)
-    return support if support.rows is None else replace(support, rows=sent(support.rows, support.x.device))
+    if support.rows is not None:
+        support = replace(support, rows=sent(support.rows, support.x.device))
+    return executor, with_seed(problem) if drops else problem, support
 
 
 def _checked_query(problem: InnerProblem, support: Support, query: Query, executor: Executor) -> Query:
@@ -178,11 +182,3 @@ def _lasting(given: _Set) -> _Set:
     if True not in [value.is_inference() for value in vars(given).values() if value is not None]:
         return given
     return replace(given, **{name: usable(value) for name, value in vars(given).items() if value is not None})
-
-
-def _prepare(problem: InnerProblem, support: Support, backend: str) -> tuple[Executor, InnerProblem]:
-    """The executor, and the problem with a fresh dropout seed if anything may drop."""
-    check_samples("support", support.x, support.y)
-    check_inputs(problem, "support_x", support.x)
-    executor, drops = choose(problem, support.x.shape[2:], backend, support.x.dtype == torch.int64)
-    return executor, with_seed(problem) if drops else problem

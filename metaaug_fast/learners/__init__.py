@@ -6,6 +6,7 @@ from .boil import BOIL
 from .cavia import CAVIA, Contextual
 from .encoder import EncoderLearner
 from .gradient import GradientLearner
+from .imaml import IMAML
 from .maml import MAML
 from .mamlpp import MAMLpp
 from .meta_sgd import MetaSGD
@@ -20,6 +21,7 @@ LEARNERS = {
     "anil": ANIL,
     "boil": BOIL,
     "cavia": CAVIA,
+    "imaml": IMAML,
     "maml": MAML,
     "mamlpp": MAMLpp,
     "meta_sgd": MetaSGD,
@@ -35,6 +37,7 @@ __all__ = [
     "ANIL",
     "BOIL",
     "CAVIA",
+    "IMAML",
     "MAML",
     "R2D2",
     "Adapted",
