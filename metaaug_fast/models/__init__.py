@@ -10,6 +10,7 @@ read.
 
 from .conv4 import conv4, strided_conv4
 from .deep_averaging import MeanEmbedding, deep_averaging
+from .minilm import SentenceEncoder, minilm
 from .mlp import mlp, omniglot_mlp, perceptron
 from .resnet12 import ResidualBlock, resnet12
 
@@ -20,14 +21,17 @@ MODELS = {
     "strided_conv4": strided_conv4,
     "resnet12": resnet12,
     "deep_averaging": deep_averaging,
+    "minilm": minilm,
 }
 """The names by which a run knows them."""
 
 __all__ = [
     "MeanEmbedding",
     "ResidualBlock",
+    "SentenceEncoder",
     "conv4",
     "deep_averaging",
+    "minilm",
     "mlp",
     "omniglot_mlp",
     "perceptron",

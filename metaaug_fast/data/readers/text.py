@@ -20,8 +20,8 @@ class Text(Sentences):
     Args:
         root: a csv file in UTF-8 whose first line names the columns.
         split: `"train"`, `"validation"`, `"test"` or `"all"`.
-        tokenizer: `"words"`: words in small letters, and punctuation; or a function from a list of sentences to a list
-            of lists of ids, or to a mapping with these as `input_ids`.
+        tokenizer: `"words"`: words in small letters, and punctuation; `"wordpiece"`: BERT's, see `data.wordpiece`; or a
+            function from a list of sentences to a list of lists of ids, or to a mapping with these as `input_ids`.
         length: ids of a sentence; what is longer is cut, with a warning that counts.
         vocabulary: ids are below it. A word's id is its hash, `1 + crc32(word) % (vocabulary - 1)` (the hashing trick,
             Weinberger et al. 2009, arXiv 0902.2206): the same one in every file, part and process, whether or not it

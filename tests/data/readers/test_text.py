@@ -234,7 +234,11 @@ def test_no_file(tmp_path):
         ({"vocabulary": 1}, ValueError, "vocabulary must be >= 2"),
         ({"vocabulary": 9.0}, TypeError, "vocabulary must be an integer"),
         ({"seed": 0.5}, TypeError, "seed must be an integer"),
-        ({"tokenizer": "letters"}, ValueError, r'tokenizer must be "words" or a function from .* \(got \'letters\'\)'),
+        (
+            {"tokenizer": "letters"},
+            ValueError,
+            r'tokenizer must be "words", "wordpiece" or a function from .* \(got \'letters\'\)',
+        ),
         ({"tokenizer": None}, ValueError, r"tokenizer must be .* \(got None\)"),
     ],
 )

