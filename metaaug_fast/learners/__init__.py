@@ -11,6 +11,7 @@ from .maml import MAML
 from .mamlpp import MAMLpp
 from .meta_sgd import MetaSGD
 from .meta_transfer import HardTasks, MetaTransfer
+from .prompt import PromptTuning
 from .proto_maml import ProtoMAML
 from .protonet import ProtoNet
 from .r2d2 import R2D2
@@ -26,6 +27,7 @@ LEARNERS = {
     "mamlpp": MAMLpp,
     "meta_sgd": MetaSGD,
     "meta_transfer": MetaTransfer,
+    "prompt": PromptTuning,
     "proto_maml": ProtoMAML,
     "protonet": ProtoNet,
     "r2d2": R2D2,
@@ -50,6 +52,7 @@ __all__ = [
     "MetaSGD",
     "MetaTransfer",
     "Predictor",
+    "PromptTuning",
     "ProtoMAML",
     "ProtoNet",
     "Reptile",
