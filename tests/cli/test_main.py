@@ -140,7 +140,7 @@ BAD = [
     ([], "COMMAND"),
     (
         ["tarin"],
-        "COMMAND must be one of train, evaluate, list, explain, demo, bench (got 'tarin'; did you mean 'train'?)",
+        "COMMAND must be one of train, evaluate, transfer, list, explain, demo, bench (got 'tarin'; did you mean 'train'?)",
     ),
     (["train"], f"LEARNER must be one of {', '.join(LEARNERS)}, or module:attribute (got none)"),
     (
@@ -203,7 +203,7 @@ BAD = [
     (["train", "maml", "--data", "glyphs", "--ways", "5000"], "ways must be at most"),
     (
         ["train", "maml", "--data", "sinusoid", "--model", "vgg"],
-        "model must be one of conv4, deep_averaging, mlp, omniglot_mlp, ",
+        "model must be one of conv4, deep_averaging, minilm, mlp, omniglot_mlp, ",
     ),
     (["train", "maml", "--data", "sinusoid", "--model", "no.such:net"], "model 'no.such:net' cannot be imported"),
     (["train", "maml", "--resume", "absent.safetensors"], "no checkpoint at absent.safetensors"),

@@ -118,7 +118,10 @@ def test_a_tokenizer_goes_by_its_name(own_code, capsys):
         ("my_words:number", "data.tokenizer must name what can be called (got 'my_words:number', int)"),
         ("my_words:absent", "data.tokenizer 'my_words:absent' cannot be imported (AttributeError: "),
         ("nowhere:tokenize", "data.tokenizer 'nowhere:tokenize' cannot be imported (ModuleNotFoundError: "),
-        ("letters", "tokenizer must be \"words\" or a function from sentences to lists of ids (got 'letters')"),
+        (
+            "letters",
+            'tokenizer must be "words", "wordpiece" or a function from sentences to lists of ids (got \'letters\')',
+        ),
     ],
 )
 def test_functions_that_are_none(own_code, capsys, name, message):
