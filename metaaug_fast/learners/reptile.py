@@ -15,12 +15,15 @@ from ..checks import check_choice, check_count, check_flag, check_number
 from ..engine.fast_weights import FastWeights
 from ..engine.loop import adapt_tasks_mean
 from ..engine.losses import Loss
-from ..engine.problem import InnerProblem, LearningRate, Query, Support, inner_problem, patterns
+from ..engine.problem import InnerProblem, LearningRate, Query, Support, inner_problem, patterns, with_steps
 from ..engine.reference import unpack
 from ..tasks import MetaOutput, TaskBatch, check_samples
+from .base import Learner
 from .gradient import GradientLearner
+from .one_by_one import one_by_one
 
 POLICIES = ("batch", "frozen")
+COMBINATIONS = ("sum", "mean", "last")
 Move = Callable[[list[Tensor], list[Tensor]], None]
 
 
@@ -30,6 +33,9 @@ class Reptile(GradientLearner):
         theta_i = inner_optimizer(theta; support of task i)                     inner_steps times
         theta  <- theta + meta_lr * mean_i(theta_i - theta)                     batched: algorithm 2
         theta  <- theta + meta_lr * (theta_i - theta), one i after the other    otherwise: algorithm 1
+
+    With SGD inside, theta_i - theta is the sum of the inner gradients, times a rate. `combine` takes their mean, or the
+    last alone, in its place (section 6.3).
 
     Nothing is differentiated through the inner loop. Adam's moments start at zero in every task, whereas the authors'
     code carries the second moment from one task to the next.
@@ -43,6 +49,10 @@ class Reptile(GradientLearner):
         inner_batch: samples in an inner step: the support set is shuffled, cut into batches of this size and
             shuffled again when it is used up. None: all of it in every step.
         batched: tasks start from the same weights and run together.
+        combine: "sum", "mean" or "last", which is first-order MAML (FOML), of the inner steps that theta moves along.
+        together: predict a task's queries in one batch, whose statistics batch norms take. False: each alone behind
+            the support set, as in the paper's other results; a pass over all of that for each query. `step` and
+            `meta_step` judge queries in one batch all the same.
         seed: of the shuffling; its state is part of `state_dict()`.
 
     Raises:
@@ -74,6 +84,8 @@ class Reptile(GradientLearner):
         batch_norm: str = "batch",
         backend: str = "auto",
         *,
+        combine: str = "sum",
+        together: bool = True,
         betas: tuple[float, float] = (0.0, 0.999),
         seed: int = 0,
         task_chunk: int | None = None,
@@ -86,7 +98,9 @@ class Reptile(GradientLearner):
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be >= 0 and below 1 (got {betas})")
         check_flag("batched", batched)
+        check_flag("together", together)
         check_choice("batch_norm", batch_norm, POLICIES)
+        check_choice("combine", combine, COMBINATIONS)
         self.model = model
         self.inner_lr = inner_lr
         self.inner_steps = inner_steps
@@ -98,6 +112,8 @@ class Reptile(GradientLearner):
         self.adapted = patterns(adapt)
         self.batch_norm = batch_norm
         self.backend = backend
+        self.combine = combine
+        self.together = together
         self.betas = betas
         self.seed = seed
         self.task_chunk = task_chunk
@@ -164,7 +180,22 @@ class Reptile(GradientLearner):
 
         The batches of `inner_batch` samples are the same at every call and independent of those of `step`.
         """
-        return super().adapt(support_x, support_y, **options)
+        fast = super().adapt(support_x, support_y, **options)
+        return one_by_one(fast, support_x) if self._alone else fast
+
+    @property
+    def transductive(self) -> bool:
+        """Whether batch norms take their statistics from the queries."""
+        return self.together and super().transductive
+
+    @property
+    def _alone(self) -> bool:
+        return not self.together and super().transductive
+
+    @torch.no_grad()
+    def by_step(self, tasks: TaskBatch, steps: int | None = None) -> list[MetaOutput]:
+        """The metric after 0, 1, ... steps, without gradient; see `GradientLearner.by_step`."""
+        return Learner.by_step(self, tasks, steps) if self._alone else super().by_step(tasks, steps)
 
     def get_extra_state(self) -> Tensor:
         """Where the shuffling stands."""
@@ -179,10 +210,23 @@ class Reptile(GradientLearner):
         problem, x, y = self.problem(), tasks.support_x, tasks.support_y
         support = Support(x, y, rows=self._rows(x, y, self.inner_steps, self._generator))
         query = Query(tasks.query_x, tasks.query_y) if measure else None
-        mean, output = adapt_tasks_mean(problem, support, query, self.backend)
+        mean, output = self._combined(problem, support, query)
         changes = unpack(problem, mean)
         move([problem.parameters[name] for name in problem.rates], [changes[name] for name in problem.rates])
         return output
+
+    def _combined(
+        self, problem: InnerProblem, support: Support, query: Query | None
+    ) -> tuple[Tensor, MetaOutput | None]:
+        """Mean over tasks of the inner steps combined, `[P]`, and theta_K judged on a query set."""
+        before: Tensor | float = 0.0
+        if self.combine == "last" and problem.steps:
+            rows = None if support.rows is None else support.rows[:, :-1]
+            shorter = with_steps(problem, problem.steps - 1)
+            with torch.random.fork_rng(devices=[]):  # so that dropout drops the same again
+                before, _ = adapt_tasks_mean(shorter, replace(support, rows=rows), None, self.backend)
+        moved, output = adapt_tasks_mean(problem, support, query, self.backend)
+        return (moved - before) / (max(problem.steps, 1) if self.combine == "mean" else 1), output
 
     def _support(self, problem: InnerProblem, given: Support) -> Support:
         if given.rows is not None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import metaaug_fast as mf
 from metaaug_fast.errors import NonFiniteError
 from metaaug_fast.learners.reptile import Reptile
 from metaaug_fast.tasks import TaskBatch
@@ -106,6 +107,121 @@ def test_it_learns_and_the_forward_pass_measures(backend: str) -> None:
     assert reptile(batch, steps=20).loss != reptile(batch).loss
 
 
+# --- what the inner steps are combined to ---
+
+
+@backends
+@pytest.mark.parametrize("size", [None, 4])
+@pytest.mark.parametrize("combine", ["sum", "mean", "last"])
+def test_gradients_are_combined(combine: str, size: int | None, backend: str) -> None:
+    """Of SGD: g1 + g2 + g3, a third of it, or g3 (first-order MAML)."""
+    net, batch = model(), tasks()
+    reptile = Reptile(net, 0.1, 3, "sgd", 0.7, size, combine=combine, seed=2, backend=backend)
+    rows = reptile._rows(batch.support_x, batch.support_y, 3, torch.Generator().manual_seed(2))
+    moves = []
+    for task in range(T):
+        end, found = copy.deepcopy(net), []
+        for step in range(3):
+            seen = slice(None) if rows is None else rows[task, step]
+            loss = nn.functional.cross_entropy(end(batch.support_x[task, seen]), batch.support_y[task, seen])
+            found.append(nn.utils.parameters_to_vector(torch.autograd.grad(loss, list(end.parameters()))))
+            end = adapted(end, batch.support_x[task, seen], batch.support_y[task, seen], "sgd", 1, 0.1)
+        moves.append({"sum": sum(found), "mean": sum(found) / 3, "last": found[-1]}[combine])
+    expected = weights(net) - 0.7 * 0.1 * torch.stack(moves).mean(0)
+    before = weights(net)
+    reptile.step(batch)
+    assert (weights(net) - expected).norm() < 1e-9 * (expected - before).norm()
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_the_last_step_of_adam(batched: bool) -> None:
+    """Whose moments come from all steps before."""
+    net, batch = model(), tasks()
+    expected = copy.deepcopy(net)
+    for chunk in [batch] if batched else batch.split(1):
+        ends = [
+            [adapted(expected, x, y, "adam", steps, 0.05) for steps in (3, 4)]
+            for x, y in zip(chunk.support_x, chunk.support_y, strict=True)
+        ]
+        move = torch.stack([weights(last) - weights(before) for before, last in ends]).mean(0)
+        nn.utils.vector_to_parameters(weights(expected) + 0.3 * move, expected.parameters())
+    Reptile(net, 0.05, 4, meta_lr=0.3, batched=batched, combine="last").step(batch)
+    assert (weights(net) - weights(expected)).norm() < 1e-9 * weights(expected).norm()
+
+
+@backends
+def test_the_last_step_is_that_of_the_same_dropout(backend: str) -> None:
+    net, batch, ends = model(nn.Tanh(), nn.Dropout(0.5)), tasks(), []
+    for steps, combine in ((2, "sum"), (3, "sum"), (3, "last")):
+        twin = copy.deepcopy(net)
+        torch.manual_seed(7)
+        Reptile(twin, 0.1, steps, "sgd", combine=combine, backend=backend).step(batch)
+        ends.append(weights(twin) - weights(net))
+    assert (ends[1] - ends[0] - ends[2]).norm() < 1e-9 * ends[2].norm()
+
+
+@pytest.mark.parametrize("combine", ["sum", "mean", "last"])
+def test_no_steps_are_nothing_to_combine(combine: str) -> None:
+    net, batch = model(), tasks()
+    before = weights(net)
+    Reptile(net, inner_steps=0, combine=combine).step(batch)
+    assert torch.equal(weights(net), before)
+
+
+# --- each query alone ---
+
+
+def normed() -> nn.Sequential:
+    return model(nn.BatchNorm1d(7), nn.Tanh())
+
+
+@backends
+def test_each_query_is_predicted_alone_behind_the_support_set(backend: str) -> None:
+    net, batch = normed(), tasks()
+    reptile = Reptile(net, 0.05, 3, together=False, backend=backend)
+    assert not reptile.transductive
+    rows = []
+    for task in range(T):
+        x, y = batch.support_x[task], batch.support_y[task]
+        end = adapted(net, x, y, "adam", 3, 0.05)
+        rows.append(torch.stack([end(torch.cat([x, query[None]]))[-1] for query in batch.query_x[task]]).detach())
+    expected = torch.stack(rows)
+    fast = reptile.adapt(batch.support_x, batch.support_y)
+    assert (fast(batch.query_x) - expected).norm() < 1e-9 * expected.norm()
+    assert (fast.detach()(batch.query_x) - expected).norm() < 1e-9 * expected.norm()
+    one = reptile.adapt(batch.support_x[1], batch.support_y[1])
+    assert (one(batch.query_x[1]) - expected[1]).norm() < 1e-9 * expected.norm()
+    out = reptile(batch)
+    losses = torch.stack([nn.functional.cross_entropy(*each) for each in zip(expected, batch.query_y, strict=True)])
+    assert torch.allclose(out.task_losses, losses, rtol=1e-9)
+    assert torch.equal(out.accuracy, (expected.argmax(-1) == batch.query_y).double().mean(-1))
+    assert torch.allclose(reptile.by_step(batch)[-1].task_losses, losses, rtol=1e-9)
+    together = Reptile(net, 0.05, 3, backend=backend)
+    assert together.transductive
+    assert not torch.allclose(together(batch).task_losses, losses, rtol=1e-3)
+
+
+def test_alone_it_keeps_the_contract() -> None:
+    report = mf.check_learner(Reptile(normed(), together=False), tasks())
+    assert report.clauses["transductive says whether queries see each other"] == "kept"
+
+
+def test_without_batch_norms_queries_are_predicted_at_once() -> None:
+    reptile, batch = Reptile(model(), together=False), tasks()
+    assert type(reptile.adapt(batch.support_x, batch.support_y)) is mf.FastWeights
+
+
+def test_queries_that_do_not_fit_the_support_set() -> None:
+    reptile, batch = Reptile(normed(), together=False), tasks()
+    fast = reptile.adapt(batch.support_x, batch.support_y)
+    with pytest.raises(ValueError, match=r"x must hold samples of the support set's shape \(4,\) \(got \(3,\)\)"):
+        fast(batch.query_x[..., :3])
+    with pytest.raises(
+        ValueError, match=r"x must be as the support samples, torch.float64 on cpu \(got torch.float32 on"
+    ):
+        fast(batch.query_x.float())
+
+
 # --- minibatches ---
 
 
@@ -184,6 +300,7 @@ def test_adapting_again_gives_the_same(backend: str) -> None:
         ({"inner_batch": 0}, r"inner_batch must be >= 1 \(got 0\)"),
         ({"betas": (0.0, 1.0)}, r"betas must be >= 0 and below 1 \(got \(0.0, 1.0\)\)"),
         ({"batch_norm": "running"}, r"batch_norm must be one of batch, frozen \(got 'running'\)"),
+        ({"combine": "median"}, r"combine must be one of sum, mean, last \(got 'median'\)"),
         ({"model": nn.ReLU()}, "model must have parameters to adapt"),
         ({"model": nn.Linear(2, 2).requires_grad_(False)}, "adapt must leave a parameter that moves"),
     ],
