@@ -49,7 +49,9 @@ def run(arguments: Sequence[str]) -> int:
         progress=not options.quiet,
     )
     print(f"\n{table(found)}")
-    over = f"means over {found.seeds} seeds with 95 % intervals" if found.seeds > 1 else "one seed"
+    over = (
+        f"means over {found.seeds} seeds, 95 % intervals, differences seed by seed" if found.seeds > 1 else "one seed"
+    )
     print(f"  ({over}; {found.pictures:,} held-out samples of {found.target}, not transductive)")
     for way, text in WAYS.items():
         print(f"  {way}: {text}")
@@ -59,11 +61,12 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def table(found: Transferred) -> str:
-    """Accuracies, a row for each way and a column for each number of labels."""
-    shots = list(dict.fromkeys(each.shots for each in found.figures))
-    cells = {(each.way, each.shots): str(each) for each in found.figures}
+    """Accuracies, and differences in pairs of a seed: a row for each way, a column for each number of labels."""
+    figures = [*found.figures, *found.gains()]
+    shots, ways = (list(dict.fromkeys(getattr(each, name) for each in figures)) for name in ("shots", "way"))
+    cells = {(each.way, each.shots): str(each) for each in figures}
     head = ("target accuracy", *(f"{count} a class" for count in shots))
-    return plain(head, [(way, *(cells[way, count] for count in shots)) for way in WAYS], numbers=head[1:])
+    return plain(head, [(way, *(cells[way, count] for count in shots)) for way in ways], numbers=head[1:])
 
 
 def _parser() -> Parser:

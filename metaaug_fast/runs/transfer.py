@@ -96,6 +96,15 @@ class Figures:
         count = len(self.accuracies)
         return None if count < 2 else student(count - 1) * float(np.std(self.accuracies, ddof=1)) / count**0.5
 
+    def minus(self, other: Figures) -> Figures:
+        """The differences to another way's, seed by seed, for both had the same labels and weights to begin with.
+
+        >>> str(Figures(1, "one", (0.5, 0.75)).minus(Figures(1, "other", (0.25, 0.5))))
+        '25.0 % +- 0.0 %'
+        """
+        pairs = zip(self.accuracies, other.accuracies, strict=True)
+        return Figures(self.shots, f"{self.way} - {other.way}", tuple(one - another for one, another in pairs))
+
     def __str__(self) -> str:
         half = "" if self.interval is None else f" +- {100 * self.interval:.1f} %"
         return f"{100 * self.mean:.1f} %{half}"
@@ -117,9 +126,18 @@ class Transferred:
     seeds: int
     seconds: Mapping[str, float]
 
+    def gains(self) -> list[Figures]:
+        """What meta-transfer is better by than each other way, in pairs of the same seed."""
+        found = {(each.shots, each.way): each for each in self.figures}
+        shots = dict.fromkeys(count for count, _ in found)
+        others = [way for way in WAYS if way != "meta-transfer"]
+        return [found[count, "meta-transfer"].minus(found[count, way]) for count in shots for way in others]
+
     def as_dict(self) -> dict[str, Any]:
         """For a JSON report."""
-        figures = [asdict(each) | {"mean": each.mean, "interval": each.interval} for each in self.figures]
+        figures = [
+            asdict(each) | {"mean": each.mean, "interval": each.interval} for each in (*self.figures, *self.gains())
+        ]
         return {
             "versions": {"metaaug_fast": version("metaaug_fast"), "torch": torch.__version__},
             "threads": torch.get_num_threads(),

@@ -40,13 +40,21 @@ def test_from_letters_to_a_folder_of_ones_own(tmp_path, capsys):
     assert main(["transfer", *arguments, *QUICK, "--out", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "3 classes of 9 held-out samples; meta-tasks of 3 ways, 1, 3 shots" in shown
-    for text in ("target accuracy", "1 a class", "3 a class", "scratch", "fine-tuned", "meta-transfer", "2 seeds"):
+    for text in (
+        "target accuracy",
+        "1 a class",
+        "3 a class",
+        "scratch",
+        "fine-tuned",
+        "meta-transfer - scratch",
+        "2 seeds",
+    ):
         assert text in shown
     report = json.loads(out.read_text())
     assert report["sources"] == ["glyphs"]
     assert report["target"] == "folder"
     assert report["recipe"]["target_weight"] == 0.5
-    assert len(report["figures"]) == 8
+    assert len(report["figures"]) == 2 * (4 + 3)
     assert all(len(each["accuracies"]) == 2 for each in report["figures"])
     assert report["config"]["model"]["hidden"] == 4
 

@@ -14,6 +14,7 @@ from metaaug_fast.runs.transfer import (
     WAYS,
     Figures,
     Recipe,
+    Transferred,
     accuracy,
     brought,
     divided,
@@ -62,6 +63,7 @@ def test_what_can_be_told_apart_is_learned():
     ]
     report = json.loads(json.dumps(found.as_dict()))
     assert report["recipe"]["target_weight"] == 0.5
+    assert len(report["figures"]) == 2 * (4 + 3)
     assert report["figures"][0]["accuracies"] == list(found.figures[0].accuracies)
     assert report["config"]["model"]["ways"] == 4
 
@@ -123,6 +125,16 @@ def test_intervals_are_students():
     assert str(found) == f"60.0 % +- {100 * found.interval:.1f} %"
     assert Figures(1, "scratch", (0.5,)).interval is None
     assert str(Figures(1, "scratch", (0.5,))) == "50.0 %"
+
+
+def test_gains_are_of_pairs():
+    figures = [Figures(count, way, (0.5, 0.75 + 0.125 * index)) for count in (1, 5) for index, way in enumerate(WAYS)]
+    gains = Transferred(config(), Recipe(), ("one",), "other", tuple(figures), 9, 2, {}).gains()
+    assert [(each.shots, each.way) for each in gains] == [
+        (count, f"meta-transfer - {way}") for count in (1, 5) for way in WAYS if way != "meta-transfer"
+    ]
+    assert gains[0].accuracies == (0, 0.375)
+    assert gains[2].accuracies == (0, 0.125)
 
 
 def pictures(*shape, classes=3, each=4):
