@@ -28,7 +28,7 @@ WAYS = {
     "scratch": "the same network trained on the same labels alone",
     "head alone": "pre-trained, then only a new head",
     "fine-tuned": "pre-trained, then all weights and a new head",
-    "meta-transfer": "pre-trained, meta-trained, then scales, shifts and the head",
+    "meta-transfer": "pre-trained, meta-trained, then the head and what `learns` says, scales and shifts by default",
 }
 """The ways to a classifier of the target that are compared."""
 
