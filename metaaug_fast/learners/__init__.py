@@ -6,11 +6,12 @@ from .boil import BOIL
 from .cavia import CAVIA, Contextual
 from .encoder import EncoderLearner
 from .gradient import GradientLearner
+from .hard_tasks import HardTasks
 from .imaml import IMAML
 from .maml import MAML
 from .mamlpp import MAMLpp
 from .meta_sgd import MetaSGD
-from .meta_transfer import HardTasks, MetaTransfer
+from .meta_transfer import MetaTransfer
 from .prompt import PromptTuning
 from .proto_maml import ProtoMAML
 from .protonet import ProtoNet

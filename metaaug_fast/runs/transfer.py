@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from ..checks import check_choice, check_count, check_flag, check_number
 from ..data import ClassSamples, Episodes
 from ..data.draws import shuffled
-from ..learners.meta_transfer import LEARNS, HardTasks, MetaTransfer, fit, inputs
+from ..learners.hard_tasks import HardTasks
+from ..learners.meta_transfer import LEARNS, MetaTransfer
+from ..learners.supervised import fit, inputs
 from .build import fitted, make_learner, make_model
 from .config import Config, Sampling
 from .evaluation import student

@@ -10,7 +10,8 @@ from torch.func import functional_call
 
 import metaaug_fast as mf
 from metaaug_fast.learners import HardTasks
-from metaaug_fast.learners.meta_transfer import fit, labelled, scaled
+from metaaug_fast.learners.scaling import scaled
+from metaaug_fast.learners.supervised import fit, labelled
 from metaaug_fast.models import conv4, strided_conv4
 from tests.building import backends, perceptron, same
 from tests.exactness import assert_close, relative_error
