@@ -95,6 +95,8 @@ def learners() -> list[tuple[str, ...]]:
     tasks = tasks_of((1, 28, 28), TASKS)
     calls = {}
     for name, make in LEARNERS.items():
+        if name == "prompt":  # of sentences
+            continue
         model = mf.models.conv4(ways=None if make.encoder else 5, hidden=32)
         learner = make(model)
         if learner.inner_steps is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import FileWriteError
 from ..files import write_atomically
-from .mapped import Rows, mapped, rows_in
+from .mapped import Mapped, Rows, rows_in
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -88,7 +88,7 @@ def cached_samples(
     """As `cached_arrays`, for samples that may be larger than memory: `make` appends them, one by one, to `Rows`.
 
     Returns:
-        The samples `[N, ...]`, or the file that holds them for `mapped`; and the arrays that `make` returned.
+        The samples `[N, ...]`, or the file that holds them, for `Mapped`; and the arrays that `make` returned.
     """
     path = _place(name, made_from, cache_dir)
     if path is not None:
@@ -96,7 +96,7 @@ def cached_samples(
         found = _stored(path, names) if samples.exists() else None
         if found is not None:
             try:
-                mapped(samples)
+                Mapped(samples)
                 return samples, found
             except ValueError as error:
                 _warn(f"{error}; it is made again")

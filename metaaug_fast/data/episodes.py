@@ -123,11 +123,20 @@ class Episodes(IterableDataset):
         if worker is None:
             return self
         # Batches are taken from the workers in turns.
-        return map(self.batch, itertools.count(self.position + worker.id, worker.num_workers))
+        own = itertools.count(self.position + worker.id, worker.num_workers)
+        return (self._batch_before(index, index + worker.num_workers) for index in own)
 
     def __next__(self) -> TaskBatch:
-        batch = self.batch(self.position)
+        batch = self._batch_before(self.position, self.position + 1)
         self.position += 1
+        return batch
+
+    def _batch_before(self, index: int, following: int) -> TaskBatch:
+        """The batch of that index; where samples lie in a file, those of the following one are read meanwhile."""
+        batch = self.batch(index)
+        expect = getattr(self._sample, "expect", None)
+        if expect is not None:
+            expect(Draws(self.seed, following, self.tasks, self.first))
         return batch
 
     def state_dict(self) -> dict[str, int]:

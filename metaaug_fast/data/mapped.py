@@ -98,29 +98,42 @@ def rows_in(path: str | os.PathLike[str]) -> Iterator[Rows]:
         rows.finish()
 
 
-def mapped(path: str | os.PathLike[str]) -> Tensor:
-    """The array in a file of NumPy's format, read where it is looked at; it must not be written to.
+class Mapped:
+    """The array in a file of NumPy's format, read where it is looked at.
+
+    Attributes:
+        tensor: `[N, ...]`, which must not be written to.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file, or it is none or not whole.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"samples must be a tensor, or a file of NumPy's .npy format (there is none at {path})")
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(array, np.memmap):
-            raise ValueError("it holds several")
-        _expect_random_access(array)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            return torch.from_numpy(array)
-    except (ValueError, TypeError, OSError, EOFError) as error:
-        raise ValueError(f"{path} is no whole array in NumPy's .npy format ({error})") from error
 
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"samples must be a tensor, or a file of NumPy's .npy format (there is none at {path})"
+            )
+        try:
+            self._array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if not isinstance(self._array, np.memmap):
+                raise ValueError("it holds several")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+                self.tensor: Tensor = torch.from_numpy(self._array)
+        except (ValueError, TypeError, OSError, EOFError) as error:
+            raise ValueError(f"{path} is no whole array in NumPy's .npy format ({error})") from error
+        self._advise("MADV_RANDOM")  # or the system reads far more of the file around every sample
 
-def _expect_random_access(array: np.memmap) -> None:
-    """Otherwise the system reads far more of a file around every sample than the sample."""
-    file = getattr(array, "_mmap", None)
-    if isinstance(file, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
-        file.madvise(mmap.MADV_RANDOM)
+    def expect(self, places: np.ndarray) -> None:
+        """Let the system read these samples meanwhile, all at once, for they are wanted soon."""
+        size = self._array.strides[0]
+        first = self._array.offset % mmap.ALLOCATIONGRANULARITY  # in the mapping, which begins at a page
+        for begin in (first + size * np.unique(places)).tolist():
+            page = begin - begin % mmap.PAGESIZE
+            self._advise("MADV_WILLNEED", page, begin + size - page)
+
+    def _advise(self, how: str, *extent: int) -> None:
+        file = getattr(self._array, "_mmap", None)
+        if isinstance(file, mmap.mmap) and hasattr(mmap, how):
+            file.madvise(getattr(mmap, how), *extent)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import _C
 from ..tasks import TaskBatch
 from .draws import Draws, shuffled
-from .mapped import Rows, mapped, rows_in
+from .mapped import Mapped, Rows, rows_in
 from .source import EpisodeSpec, Sampler
 
 MAX_STYLES = 12
@@ -59,7 +59,7 @@ class ClassSamples:
         order: Tensor | None = None,
     ) -> None:
         self._file = None if isinstance(samples, Tensor) else Path(samples).absolute()
-        self.samples = _held(samples)
+        self._hold(samples)
         _check_dtype(self.samples.dtype)
         self.order = order
         self.first = np.asarray(first, dtype=np.int64)
@@ -78,12 +78,19 @@ class ClassSamples:
 
     def __getstate__(self) -> dict[str, Any]:
         """Of samples in a file, where that is; another process maps it, too."""
-        return {name: value for name, value in self.__dict__.items() if name != "samples" or self._file is None}
+        left_out = () if self._file is None else ("samples", "_mapped")
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self._file is not None:
-            self.samples = _held(self._file)
+            self._hold(self._file)
+
+    def _hold(self, samples: Tensor | str | os.PathLike[str]) -> None:
+        """The samples, or those in a file; grey pictures with a channel."""
+        self._mapped = None if isinstance(samples, Tensor) else Mapped(samples)
+        tensor: Any = samples if self._mapped is None else self._mapped.tensor
+        self.samples: Tensor = tensor.unsqueeze(1) if tensor.dtype == torch.uint8 and tensor.ndim == 3 else tensor
 
     @classmethod
     def from_arrays(
@@ -102,7 +109,7 @@ class ClassSamples:
             FileNotFoundError, ValueError: there is no such file, or it holds no array.
         """
         file = Path(samples) if isinstance(samples, (str, os.PathLike)) else None
-        samples = torch.as_tensor(samples) if file is None else mapped(file)
+        samples = torch.as_tensor(samples) if file is None else Mapped(file).tensor
         _check_complete("labels", labels)
         if styles is not None:
             _check_complete("styles", styles)
@@ -168,7 +175,7 @@ class ClassSamples:
             _read_into(rows, dataset, labels, sample)
             return cls.from_arrays(rows.stacked(), labels)
         if Path(file).exists():
-            _check_same(mapped(file), dataset, len(labels), sample, file)
+            _check_same(Mapped(file).tensor, dataset, len(labels), sample, file)
         else:
             with rows_in(file) as rows:
                 _read_into(rows, dataset, labels, sample)
@@ -313,17 +320,19 @@ class ClassSamples:
         labels = torch.arange(spec.ways, device=self.samples.device)
         support_y, query_y = labels.repeat_interleave(spec.shots), labels.repeat_interleave(spec.queries)
 
-        def sample(draws: Draws) -> TaskBatch:
+        def rows(draws: Draws) -> tuple[np.ndarray, np.ndarray]:
             classes = draws.distinct(len(self), spec.ways)
             if divisions is None:
                 rows = draws.distinct(self._sizes[classes], spec.shots + spec.queries)
                 rows += self.first[classes][..., None]
-                support, query = rows[..., : spec.shots], rows[..., spec.shots :]
-            else:
-                on_support = divisions[draws.distinct(len(divisions), 1)]
-                support = self._rows(draws, classes, on_support, spec.shots)
-                query = self._rows(draws, classes, ~on_support, spec.queries)
-            tasks = len(classes)
+                return rows[..., : spec.shots], rows[..., spec.shots :]
+            on_support = divisions[draws.distinct(len(divisions), 1)]
+            support = self._rows(draws, classes, on_support, spec.shots)
+            return support, self._rows(draws, classes, ~on_support, spec.queries)
+
+        def sample(draws: Draws) -> TaskBatch:
+            support, query = rows(draws)
+            tasks = len(support)
             return TaskBatch(
                 self._gather(support, spec.dtype),
                 support_y.repeat(tasks, 1),
@@ -331,6 +340,12 @@ class ClassSamples:
                 query_y.repeat(tasks, 1),
             )
 
+        def expect(draws: Draws) -> None:
+            for each in rows(draws):
+                self._mapped.expect(self._places(each).numpy())  # type: ignore[union-attr]
+
+        if self._mapped is not None:
+            sample.expect = expect  # type: ignore[attr-defined]
         return sample
 
     def _device_sampler(self, spec: EpisodeSpec) -> Sampler:
@@ -381,23 +396,19 @@ class ClassSamples:
         skipped = np.take_along_axis((counts * ~chosen).cumsum(-1), style, -1)
         return picks + skipped + self.first[classes][..., None]
 
+    def _places(self, rows: np.ndarray) -> Tensor:
+        """Where in `samples` the rows lie, all in one dimension."""
+        flat = torch.from_numpy(rows.reshape(-1))
+        return flat if self.order is None else self.order[flat]
+
     def _gather(self, rows: np.ndarray, dtype: torch.dtype) -> Tensor:
         """The samples at rows `[T, ways, n]`, `[T, ways * n, ...]`."""
-        places = torch.from_numpy(rows.reshape(-1))
-        if self.order is not None:
-            places = self.order[places]
-        picked = self.samples.index_select(0, places.to(self.samples.device))
+        picked = self.samples.index_select(0, self._places(rows).to(self.samples.device))
         shape = (len(rows), rows.shape[1] * rows.shape[2], *self.sample_shape)
         if picked.dtype == torch.int64:
             return picked.view(shape)
         scaled = picked.to(dtype).div_(255) if picked.dtype == torch.uint8 else picked.to(dtype)
         return scaled.view(shape)
-
-
-def _held(samples: Tensor | str | os.PathLike[str]) -> Tensor:
-    """The samples, or those in a file; grey pictures with a channel."""
-    tensor = samples if isinstance(samples, Tensor) else mapped(samples)
-    return tensor.unsqueeze(1) if tensor.dtype == torch.uint8 and tensor.ndim == 3 else tensor
 
 
 def _check_dtype(dtype: Any) -> None:

@@ -56,5 +56,9 @@ class TaskSource(Protocol):
         ...
 
     def sampler(self, spec: EpisodeSpec) -> Sampler:
-        """A function from the draws of T tasks to their `TaskBatch`; ValueError if the source cannot serve `spec`."""
+        """A function from the draws of T tasks to their `TaskBatch`; ValueError if the source cannot serve `spec`.
+
+        It may have an attribute `expect`, a function that is called with the draws that come next, so that what they
+        need can be fetched meanwhile.
+        """
         ...
