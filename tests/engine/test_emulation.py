@@ -96,7 +96,7 @@ def test_the_way_that_a_shape_takes_is_told(emulation):
 
 def test_models_with_too_many_parts_take_the_fallback():
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(49)))
-    model.requires_grad_(False)[-1].requires_grad_(True)
+    model.requires_grad_(False)[0].requires_grad_(True)
     x, y = torch.randn(1, 3, 2), torch.randn(1, 3, 2)
     with pytest.raises(NotFusedError, match=r"takes at most 96 parameter tensors \(got 98\)"):
         mf.inner_loop(model, x, y, loss="mse", backend="fused")

@@ -360,7 +360,7 @@ def test_chunks_by_step_follow_the_larger_set(larger, monkeypatch):
     problem = inner_problem(perceptron().double(), 0.3, 2)
     executor = executor_of(problem, support)
     monkeypatch.setattr(
-        fallback, "GRAPH_BYTES", 8 * executor._bytes(problem, support.x if larger == "support" else query.x)
+        fallback, "GRAPH_BYTES", 8 * 4 * executor.saved_bytes(problem, support.x if larger == "support" else query.x)
     )
     sizes, predictions = [], executor._predictions
 
@@ -390,9 +390,9 @@ def test_chunks_follow_the_size_of_the_graph(monkeypatch):
     problem = inner_problem(perceptron().double(), 0.3, 1)
     executor = executor_of(problem, support)
     assert executor._chunks(problem, support.x) == [slice(0, 40)]
-    one = executor._bytes(problem, support.x)
-    assert executor._bytes(problem, query.x) < one
-    monkeypatch.setattr(fallback, "GRAPH_BYTES", 16 * one)
+    one = executor.saved_bytes(problem, support.x)
+    assert executor.saved_bytes(problem, query.x) < one
+    monkeypatch.setattr(fallback, "GRAPH_BYTES", 16 * 4 * one)
     assert executor._chunks(problem, support.x) == [slice(0, 16), slice(16, 32), slice(32, 40)]
     monkeypatch.setattr(fallback, "GRAPH_BYTES", 0)
     assert len(executor._chunks(problem, support.x)) == 40
@@ -434,10 +434,10 @@ def test_it_adapts_where_torch_records_nothing(mode):
     query = replace(query, step_weights=rand(2))
     problem = inner_problem(perceptron().double(), 0.3, 2)
     executor, expected = executor_of(problem, support), reference.meta_loss(problem, support, query)
-    measured = executor_of(problem, support)._bytes(problem, support.x)
+    measured = executor_of(problem, support).saved_bytes(problem, support.x)
     flat = reference.adapt(problem, support).detach()
     with mode():
-        executor._bytes(problem, support.x + 0)
+        executor.saved_bytes(problem, support.x + 0)
         got = executor.meta_loss(problem, support, query)
         weight = support.sample_weight + 0
         everything = executor.adapt(problem, Support(support.x + 0, support.y + 0, weight))
@@ -447,7 +447,7 @@ def test_it_adapts_where_torch_records_nothing(mode):
         judged = executor.judge_steps(problem, support, Query(query.x + 0, query.y + 0))[-1]
         again = executor.meta_loss(problem, support, replace(query, step_weights=None))
     torch.testing.assert_close(judged.task_losses, again.task_losses, rtol=1e-11, atol=1e-11)
-    assert executor._bytes(problem, support.x) == measured
+    assert executor.saved_bytes(problem, support.x) == measured
     assert not got.loss.requires_grad
     torch.testing.assert_close(got.task_losses, expected.task_losses.detach(), rtol=1e-11, atol=1e-11)
     for adapted in (everything, chosen):
