@@ -29,8 +29,8 @@ class MAMLpp(UnrolledLearner):
           v_k = max(1/K - e / (K E), 0.03 / K)  for k < K,    v_K = min(1/K + e (K - 1) / (K E), 1 - 0.03 (K - 1) / K)
 
     * rates_per_step: a learned rate for each tensor and step.
-    * norm_per_step: batch-norm affines of their own for each step, as `MAML` has them (`batch_norm="per_step"`), where
-      there are batch norms. Every pass normalises with its own batch, which is what the authors' code does as well.
+    * norm_per_step: batch-norm affines of their own for each step, as `MAML` has them (`batch_norm="per_step"`); None:
+      where there are batch norms. Every pass normalises with its own batch, which is what the authors' code does, too.
     * first_order_epochs: epochs in first order before the others.
     * cosine: the meta-learning rate falls from epoch to epoch along half a cosine, to 0.00001.
 
@@ -60,7 +60,7 @@ class MAMLpp(UnrolledLearner):
         inner_steps: int = 5,
         multi_step_loss: bool = True,
         rates_per_step: bool = True,
-        norm_per_step: bool = True,
+        norm_per_step: bool | None = None,
         first_order_epochs: int = 0,
         cosine: bool = True,
         *,
@@ -71,14 +71,22 @@ class MAMLpp(UnrolledLearner):
         batch_norm: str = "batch",
         **options: Any,
     ) -> None:
+        has_norms = isinstance(model, nn.Module) and _has_affine_norms(model)
+        if norm_per_step is None:
+            norm_per_step = has_norms
         flags = {"multi_step_loss": multi_step_loss, "rates_per_step": rates_per_step, "norm_per_step": norm_per_step}
         for name, flag in {**flags, "cosine": cosine}.items():
             check_flag(name, flag)
+        if norm_per_step and not has_norms and isinstance(model, nn.Module):
+            raise ValueError(
+                "norm_per_step must be False, or None, for a model without batch norms that have an affine "
+                f"(got True, and {type(model).__name__})"
+            )
         check_count("first_order_epochs", first_order_epochs)
         counts = {"multi_step_epochs": multi_step_epochs, "epoch_steps": epoch_steps, "epochs": epochs}
         for name, count in counts.items():
             check_count(name, count, low=1)
-        if norm_per_step and isinstance(model, nn.Module) and _has_affine_norms(model):
+        if norm_per_step:
             batch_norm = "per_step"
         super().__init__(model, inner_lr, inner_steps, batch_norm=batch_norm, **options)
         self.multi_step_loss = multi_step_loss

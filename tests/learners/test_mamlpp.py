@@ -135,6 +135,11 @@ def test_it_keeps_the_contract():
     ("options", "error", "message"),
     [
         ({"cosine": 1}, TypeError, r"cosine must be True or False \(got 1\)"),
+        (
+            {"norm_per_step": True, "model": mf.models.mlp([4, 8, 3])},
+            ValueError,
+            "norm_per_step must be False, or None, for a model without batch norms",
+        ),
         ({"first_order_epochs": -1}, ValueError, r"first_order_epochs must be >= 0 \(got -1\)"),
         ({"multi_step_epochs": 0}, ValueError, r"multi_step_epochs must be >= 1 \(got 0\)"),
         ({"epoch_steps": 0}, ValueError, r"epoch_steps must be >= 1 \(got 0\)"),
