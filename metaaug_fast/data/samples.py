@@ -290,8 +290,7 @@ class ClassSamples:
             raise ValueError(f"with_rotations needs square pictures [N, C, H, H] (got {tuple(self.samples.shape)})")
         first = np.cumsum(self._sizes) - self._sizes
         # Only the samples of these classes: the tensor may be shared with other splits.
-        places = torch.from_numpy(np.arange(self._sizes.sum()) + np.repeat(self.first - first, self._sizes))
-        samples = self.samples[places if self.order is None else self.order[places]]
+        samples = self.samples[self._places(np.arange(self._sizes.sum()) + np.repeat(self.first - first, self._sizes))]
         return ClassSamples(
             torch.cat([samples.rot90(turns, (2, 3)) for turns in range(4)]),
             np.concatenate([first + turns * len(samples) for turns in range(4)]),

@@ -89,9 +89,7 @@ class _Reached(Exception):
     """The pass has come to where it was to stop."""
 
 
-def _until(
-    problem: InnerProblem, parameters: dict[str, Tensor], x: Tensor, path: str, mode: ModelPass | _SharedPass
-) -> Tensor:
+def _until(problem: InnerProblem, parameters: dict[str, Tensor], x: Tensor, path: str, mode: ModelPass) -> Tensor:
     found: list[Tensor] = []
 
     def stop(_: nn.Module, given: tuple[Tensor, ...]) -> None:
@@ -107,7 +105,7 @@ def _until(
     return found[0]
 
 
-def _called(problem: InnerProblem, values: dict[str, Tensor], x: Tensor, mode: ModelPass | _SharedPass) -> Tensor:
+def _called(problem: InnerProblem, values: dict[str, Tensor], x: Tensor, mode: ModelPass) -> Tensor:
     # Copies, because a batch norm in training mode counts its batches in place.
     buffers = {name: value.clone() for name, value in problem.model.named_buffers()}
     mode.names = {id(value): name for name, value in buffers.items()}
@@ -157,11 +155,6 @@ def _open(function: Callable) -> Callable:
     return opened
 
 
-def _reads_running(problem: InnerProblem) -> bool:
-    """Whether batch norms normalise with running statistics, where they have any."""
-    return problem.batch_norm == "frozen" or (problem.batch_norm == "running" and not problem.training)
-
-
 def _values_a_channel(x: Tensor) -> int:
     count = math.prod(x.shape[dim] for dim in (0, *range(2, x.ndim)))
     if count < 2:
@@ -206,9 +199,23 @@ class ModelPass(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        if _reads_running(self.problem) and running_mean is not None and running_var is not None:
+        policy = self.problem.batch_norm
+        running = policy == "frozen" or (policy == "running" and not self.problem.training)
+        if running and running_mean is not None and running_var is not None:
             scale = (running_var + eps).rsqrt()
             return _affine(_affine(input, scale, -running_mean * scale), weight, bias)
+        return self._by_batch(input, running_mean, weight, bias, momentum, eps)
+
+    def _by_batch(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        """Normalise by the statistics of the batch itself."""
         count = _values_a_channel(input)
         output, mean, variance = normalise(input, (0, *range(2, input.ndim)), eps)
         name = self.names.get(id(running_mean))
@@ -318,41 +325,26 @@ _REPLACEMENTS: dict[Callable, Callable] = {
 }
 
 
-class _SharedPass(TorchFunctionMode):
-    """Active during one call of the model on the samples of T tasks; only its batch norms are replaced."""
+class _SharedPass(ModelPass):
+    """Active during one call of the model on the samples of T tasks in a row; batch norms alone are replaced."""
 
     def __init__(self, problem: InnerProblem, tasks: int) -> None:
-        super().__init__()
-        self.problem, self.tasks = problem, tasks
-        self.names: dict[int, str] = {}
+        super().__init__(problem, 0, 0, None)
+        self.tasks = tasks
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is F.batch_norm:
-            return self.batch_norm(*args, **(kwargs or {}))
-        if func is torch.batch_norm:
-            return self.torch_batch_norm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        replaced: dict[Callable, Callable] = {F.batch_norm: self.batch_norm, torch.batch_norm: self.torch_batch_norm}
+        return replaced.get(func, func)(*args, **(kwargs or {}))
 
-    def batch_norm(
+    def _by_batch(
         self,
         input: Tensor,
         running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        momentum: float,
+        eps: float,
     ) -> Tensor:
-        # The mode is off meanwhile.
-        if _reads_running(self.problem) and running_mean is not None and running_var is not None:
-            return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
         each = input.chunk(self.tasks)
         _values_a_channel(each[0])
         return torch.cat([F.batch_norm(one, None, None, weight, bias, True, momentum, eps) for one in each])
-
-    def torch_batch_norm(
-        self, input: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, *rest: Any, **kwargs: Any
-    ) -> Tensor:
-        kwargs.pop("cudnn_enabled", None)
-        return self.batch_norm(input, running_mean, running_var, weight, bias, *rest[:3], **kwargs)
