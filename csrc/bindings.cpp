@@ -39,6 +39,7 @@ PYBIND11_MODULE(_C, m) {
       .value("mean_pool", OpKind::kMeanPool)
       .value("flatten", OpKind::kFlatten)
       .value("add", OpKind::kAdd)
+      .value("multiply", OpKind::kMultiply)
       .value("dropout", OpKind::kDropout);
   py::enum_<Precision>(m, "Precision", py::module_local())
       .value("float32", Precision::kFloat32)

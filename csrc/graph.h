@@ -25,7 +25,8 @@ enum class OpKind {
   kAvgPool,
   kMeanPool,
   kFlatten,
-  kAdd,
+  kAdd,       // of equal shapes, or the second input has one pixel for all of a sample's
+  kMultiply,  // the same
   kDropout,
 };
 

@@ -8,6 +8,7 @@
 #include "ops/batch_norm.h"
 #include "ops/conv2d.h"
 #include "ops/group_norm.h"
+#include "ops/multiply.h"
 #include "ops/pool.h"
 #include "packing.h"
 
@@ -69,6 +70,9 @@ OpFunctions<T> functions(const Op& op) {
       return linear_map_functions<T, Flatten<T>>();
     case OpKind::kAdd:
       return linear_map_functions<T, Add<T>>();
+    case OpKind::kMultiply:
+      return {multiply::plan<T>, multiply::forward<T>, multiply::backward<T>, multiply::tangent<T>,
+              multiply::tangent_backward<T>};
     case OpKind::kDropout:
       return linear_map_functions<T, Dropout<T>>();
   }

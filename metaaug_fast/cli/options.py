@@ -49,13 +49,13 @@ def use_machine(options: argparse.Namespace) -> None:
     """Take as many threads as asked for, and keep the memory that tensors free."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    _keep_freed_memory()
+    keep_freed_memory()
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let glibc keep it for the next tensor, unless the environment tunes it.
 
     By default it returns large pieces to the system, whose pages are then zeroed again at every layer of every step:

@@ -24,8 +24,7 @@ class CAVIA(UnrolledLearner):
         phi_i = 0 - inner_lr * grad_phi loss(phi, theta; support of task i)     inner_steps times
         minimise the mean over tasks of loss(phi_i, theta; query of task i)     over theta
 
-    The model becomes a `Contextual` one, in which chosen layers see phi. Where these are linear it is fused as before;
-    with FiLM it runs in the fallback, for the fused engine does not multiply.
+    The model becomes a `Contextual` one, in which chosen layers see phi; it is fused where the model is.
 
     Args:
         model: any module with linear layers or convolutions. It stays as it is, and shares its parameters.
@@ -111,12 +110,11 @@ class _Joined(nn.Module):
         super().__init__()
         self.context = context
         self.joined = _weight(layer.weight, layer.out_features, len(context), layer.in_features + len(context))
-        self.nothing = nn.Parameter(layer.weight.new_zeros(len(context), layer.in_features), requires_grad=False)
+        self.nothing = _fixed(layer.weight.new_zeros(len(context), layer.in_features))
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        context = F.linear(x, self.nothing, self.context)  # for each sample, by an op that the fused engine has
-        return self.layer(x) + F.linear(context, self.joined)
+        return self.layer(x) + F.linear(_repeated(self.context, x, self.nothing), self.joined)
 
 
 class _Film(nn.Module):
@@ -128,12 +126,26 @@ class _Film(nn.Module):
         self.context = context
         self.scale = _weight(like, channels, len(context), len(context))
         self.shift = _weight(like, channels, len(context), len(context))
+        self.nothing = _fixed(like.new_zeros(len(context), channels))
+        self.one = _fixed(like.new_ones(channels))
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.layer(x)
-        shape = (-1,) + (1,) * (h.ndim - 2)
-        return (1 + self.scale @ self.context).view(shape) * h + (self.shift @ self.context).view(shape)
+        places = tuple(range(2, h.ndim))
+        context = _repeated(self.context, h.mean(places) if places else h, self.nothing)
+        of_channels = (slice(None), slice(None), *(None for _ in places))
+        scale, shift = F.linear(context, self.scale, self.one), F.linear(context, self.shift)
+        return h * scale[of_channels] + shift[of_channels]
+
+
+def _repeated(context: Tensor, x: Tensor, nothing: Tensor) -> Tensor:
+    """The context for each of the samples x `[N, features]`, by an op that the fused engine has."""
+    return F.linear(x, nothing, context)
+
+
+def _fixed(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=False)
 
 
 def _weight(like: Tensor, rows: int, columns: int, inputs: int) -> nn.Parameter:

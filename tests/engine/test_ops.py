@@ -394,6 +394,49 @@ def test_adds_and_shared_modules(form, draw):
     check(*drawn(picture, lambda shape: Add(form, shape[0])))
 
 
+class Multiply(nn.Module):
+    """Products, as gates have them: of two branches, of a value with itself, of channels with a number for each."""
+
+    def __init__(self, form: str, channels: int) -> None:
+        super().__init__()
+        self.form = form
+        self.first, self.second = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 3, padding=1)
+        self.gate = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.form == "branches":
+            return self.first(x) * self.second(x)
+        if self.form == "square":
+            return x * x
+        if self.form == "rectified":  # relus that are done by the products in front of them
+            return F.relu(self.first(x)) * F.relu(self.second(x))
+        if self.form == "in place":
+            y = self.first(x)
+            y *= x
+            return F.relu(y, inplace=True)
+        if self.form == "swish":
+            return x * x.sigmoid()
+        if self.form == "pooled":
+            return self.first(x).mul(x.mean((2, 3), keepdim=True)).add(F.adaptive_avg_pool2d(x, 1))
+        gate = self.gate(x.mean((2, 3)))
+        if self.form == "excitation":
+            return x * gate.sigmoid()[:, :, None, None]
+        if self.form == "gate first":
+            return torch.mul(gate.unsqueeze(-1).unsqueeze(-1), self.first(x))
+        if self.form == "film":
+            return self.first(x) * gate.view(-1, x.shape[1], 1, 1) + self.gate(gate).view(len(x), -1, 1, 1)
+        return self.second(x) * self.gate(gate * gate)[:, :, None, None] * gate[:, :, None, None]  # twice
+
+
+@pytest.mark.parametrize("draw", range(DRAWS // 2))
+@pytest.mark.parametrize(
+    "form",
+    ["branches", "square", "rectified", "in place", "swish", "excitation", "gate first", "film", "twice", "pooled"],
+)
+def test_products(form, draw):
+    check(*drawn(picture, lambda shape: Multiply(form, shape[0])))
+
+
 class TwoReaders(nn.Module):
     """Every op that writes an adjoint also has to add to one: each stands beside another reader of its input."""
 

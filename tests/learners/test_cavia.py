@@ -51,10 +51,11 @@ def test_a_context_joined_to_the_input(steps, backend):
     assert_exact(learner, class_tasks(4), papers(learner, predict))
 
 
+@backends
 @pytest.mark.parametrize("layers", [None, ["0", "3"]], ids=["norms", "convolutions"])
-def test_film(layers):
+def test_film(layers, backend):
     """gamma h + beta after the norm, or after the convolutions."""
-    learner = mf.CAVIA(pictures(), 0.7, 2, C, layers, learn_inner_lr=True, backend="fallback")
+    learner = mf.CAVIA(pictures(), 0.7, 2, C, layers, learn_inner_lr=True, backend=backend)
     assert learner.layers == (("1",) if layers is None else ("0", "3"))
 
     def predict(x, context):
@@ -70,14 +71,22 @@ def test_film(layers):
     assert_exact(learner, class_tasks(1, 5, 5), papers(learner, predict))
 
 
-def test_what_is_fused():
-    """Linear layers with a context are, FiLM is not, and says so."""
-    x = torch.zeros(2, 1, 5, 5)
+def test_film_behind_norms_of_features():
+    """Values of one dimension have no places to multiply over."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double()
+    learner = mf.CAVIA(model, 0.7, 2, C, ["1"], backend="fused")
+    film = learner.model.network[1]
+
+    def predict(x, context):
+        normal = F.batch_norm(model[0](x), None, None, film.layer.weight, film.layer.bias, True)
+        return model[3](torch.tanh((1 + film.scale @ context) * normal + film.shift @ context))
+
+    assert_exact(learner, class_tasks(4), papers(learner, predict))
+
+
+def test_all_of_it_is_fused():
     assert mf.explain(mf.CAVIA(perceptron()).model.float(), torch.zeros(2, 4)).fused
-    explanation = mf.explain(Contextual(pictures().float(), C), x)
-    assert not explanation.fused
-    with pytest.raises(mf.NotFusedError):
-        mf.CAVIA(pictures(), context=C, backend="fused")(class_tasks(1, 5, 5))
+    assert mf.explain(Contextual(pictures().float(), C), torch.zeros(2, 1, 5, 5)).fused
 
 
 @backends

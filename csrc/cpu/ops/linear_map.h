@@ -2,7 +2,7 @@
 // Each gives `map` (y from x) and `adjoint` (dx from dy). Max pool is one for fixed choices, dropout for a fixed mask.
 #pragma once
 
-#include "op.h"
+#include "two_inputs.h"
 
 namespace metaaug::METAAUG_ISA {
 
@@ -53,13 +53,11 @@ struct Add {
   static void plan(OpPlan<T>&) {}
   static void prepare(const OpCall<T>&) {}
   static void map(const OpCall<T>& call, const T* const* x, T* y) {
-    const int64_t size = call.plan.rows() * call.plan.out.stride;
-    for (int64_t i = 0; i < size; ++i) y[i] = (x[0] ? x[0][i] : T(0)) + (x[1] ? x[1][i] : T(0));
+    each_of_two(call.plan, [&](int64_t i, int64_t j) { y[i] = (x[0] ? x[0][i] : T(0)) + (x[1] ? x[1][j] : T(0)); });
   }
   static void adjoint(const OpCall<T>& call, const T* dy, T* const* dx) {
-    const int64_t size = call.plan.rows() * call.plan.out.stride;
-    for (int input = 0; input < 2; ++input)
-      for (int64_t i = 0; dx[input] && i < size; ++i) put(dx[input] + i, dy[i], call.accumulate[input]);
+    if (dx[0]) each_of_two(call.plan, [&](int64_t i, int64_t) { put(dx[0] + i, dy[i], call.accumulate[0]); });
+    if (dx[1]) put_second(call, dx[1], [&](int64_t i) { return dy[i]; });
   }
 };
 

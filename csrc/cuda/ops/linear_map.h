@@ -22,12 +22,12 @@ template <class T>
 struct Add {
   METAAUG_DEVICE static void prepare(const OpCall<T>&) {}
   METAAUG_DEVICE static void map(const OpCall<T>& call, const T* const* x, T* y) {
-    each(call.size(), [&](int i) { y[i] = value_or(x[0], i, T(0)) + value_or(x[1], i, T(0)); });
+    each(call.size(), [&](int i) { y[i] = value_or(x[0], i, T(0)) + value_or(x[1], call.second(i), T(0)); });
   }
   // Both inputs may be the same value: then one adds to what the other wrote.
   METAAUG_DEVICE static void adjoint(const OpCall<T>& call, const T* dy, T* const* dx) {
-    for (int j = 0; j < 2; ++j)
-      if (dx[j]) each(call.size(), [&](int i) { call.put_adjoint(dx, j, i, dy[i]); });
+    if (dx[0]) each(call.size(), [&](int i) { call.put_adjoint(dx, 0, i, dy[i]); });
+    if (dx[1]) call.put_second(dx, [&](int i) { return dy[i]; });
   }
 };
 

@@ -58,6 +58,23 @@ struct OpCall {
     to[j][i] = accumulate[j] ? to[j][i] + value : value;
   }
 
+  // Of an op of two inputs, of which the second may have one pixel for all of a sample's: which element of it belongs
+  // to element i of the other.
+  METAAUG_DEVICE int second(int i) const {
+    return node->in[1].pixels() == node->out.pixels() ? i : node->by_out_pixels(i);
+  }
+
+  // Its second adjoint, of value(element of the output).
+  template <class Value>
+  METAAUG_DEVICE void put_second(T* const* to, const Value& value) const {
+    const int shared = node->out.pixels() / node->in[1].pixels();
+    each(images * node->in[1].size(), [&](int i) {
+      T sum = 0;
+      for (int j = 0; j < shared; ++j) sum += value(i * shared + j);
+      put_adjoint(to, 1, i, sum);
+    });
+  }
+
   // Adds to an element of dp or dp_t, which is `to`, or makes the inner step with it.
   METAAUG_DEVICE void add_gradient(T* const* to, int j, int i, T value) const {
     if (step[j])

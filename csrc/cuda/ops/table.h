@@ -6,6 +6,7 @@
 #include "conv2d.h"
 #include "group_norm.h"
 #include "linear_map.h"
+#include "multiply.h"
 
 namespace metaaug::cuda {
 
@@ -37,6 +38,14 @@ METAAUG_DEVICE void run_conv2d(Role role, const OpCall<T>& call) {
   if (role == Role::kBackward) return Conv2d<T>::backward(call);
   if (role == Role::kTangent) return Conv2d<T>::tangent(call);
   Conv2d<T>::tangent_backward(call);
+}
+
+template <class T>
+METAAUG_DEVICE void run_multiply(Role role, const OpCall<T>& call) {
+  if (role == Role::kForward) return Multiply<T>::forward(call);
+  if (role == Role::kBackward) return Multiply<T>::backward(call);
+  if (role == Role::kTangent) return Multiply<T>::tangent(call);
+  Multiply<T>::tangent_backward(call);
 }
 
 template <class T, class Norm>
@@ -86,6 +95,8 @@ METAAUG_DEVICE METAAUG_NOINLINE void run_op(Role role, const OpCall<T>& call) {
       return run_map<T, Flatten<T>>(role, call);
     case OpKind::kAdd:
       return run_map<T, Add<T>>(role, call);
+    case OpKind::kMultiply:
+      return run_multiply(role, call);
     case OpKind::kDropout:
       return run_map<T, Dropout<T>>(role, call);
   }

@@ -336,9 +336,43 @@ def _reshape(t: Builder, input: Value, *shape: Any) -> Value:
 def _reshaped(t: Builder, input: Value, shape: Shape) -> Value:
     if shape == input.shape:
         return _alias(t, input)
+    if shape[:1] == input.shape[:1] and math.prod(shape[1:]) == 1:  # to or from a picture of one pixel
+        if not spatial_or_flat(shape):  # on the way there
+            return Value(input.id, shape, input.storage, input.version)
+        flat = Value(input.id, shape[:1], input.storage, input.version)
+        return t.emit("flatten", flat, shape=shape, view=True)
     if len(input.shape) != 3 or len(shape) != 1:
         raise Refused(f"fused only from [N, C, H, W] to [N, C*H*W] (got {batched(input.shape)} to {batched(shape)})")
     return t.emit("flatten", input, shape=shape, view=True)
+
+
+@_row(torch.unsqueeze, "unsqueeze")
+def _unsqueeze(t: Builder, input: Value, dim: int) -> Value:
+    at = dim % (len(input.shape) + 2)
+    if at == 0:
+        raise Refused("mixes the samples of a batch")
+    return _reshaped(t, input, (*input.shape[: at - 1], 1, *input.shape[at - 1 :]))
+
+
+@_row(torch.squeeze, "squeeze")
+def _squeeze(t: Builder, input: Value, dim: Any = None) -> Value:
+    if dim is None:
+        raise Refused("takes away the samples of a batch where there is one")
+    rank = len(input.shape) + 1
+    dims = {each % rank for each in (dim if isinstance(dim, tuple) else (dim,))}
+    if 0 in dims:
+        raise Refused("takes away the samples of a batch where there is one")
+    return _reshaped(t, input, tuple(size for i, size in enumerate(input.shape) if i + 1 not in dims or size != 1))
+
+
+@_row(operator.getitem)
+def _getitem(t: Builder, input: Value, index: Any) -> Value:
+    wanted = index if isinstance(index, tuple) else (index,)
+    if any(each is not None and each != slice(None) for each in wanted) or wanted[:1] != (slice(None),):
+        raise Refused("fused only where it adds dimensions, as in x[:, :, None, None]")
+    left = list(input.shape)
+    shape = [1 if each is None else left.pop(0) for each in wanted[1:]]
+    return _reshaped(t, input, (*shape, *left))
 
 
 @_row("contiguous", "clone", torch.clone)
@@ -350,13 +384,29 @@ def _alias(t: Builder, input: Value, memory_format: Any = None) -> Value:
 @_row(operator.add, torch.add, "add")
 @_row(operator.iadd, "add_", inplace=True)
 def _add(t: Builder, input: Value, other: Any, alpha: float = 1, inplace: bool = False) -> Value:
-    if not isinstance(other, Value):
-        raise Refused(f"fused only between two computed values (got {describe(other)})")
     if alpha != 1:
         raise Refused(f"fused only with alpha=1 (got {alpha})")
-    if input.shape != other.shape:
-        raise Refused(f"fused only between equal shapes (got {batched(input.shape)} and {batched(other.shape)})")
-    return t.emit("add", input, other, inplace=inplace)
+    return _of_two(t, "add", input, other, inplace)
+
+
+@_row(operator.mul, torch.mul, torch.multiply, "mul", "multiply")
+@_row(operator.imul, "mul_", "multiply_", inplace=True)
+def _multiply(t: Builder, input: Value, other: Any, inplace: bool = False) -> Value:
+    return _of_two(t, "multiply", input, other, inplace)
+
+
+def _of_two(t: Builder, kind: str, input: Value, other: Any, inplace: bool) -> Value:
+    """A sum or product, which does not mind the order; one may have a pixel for all of a sample's."""
+    if not isinstance(other, Value):
+        raise Refused(f"fused only between two computed values (got {describe(other)})")
+    if input.shape == other.shape or (len(input.shape) == 3 and other.shape == (input.shape[0], 1, 1)):
+        return t.emit(kind, input, other, inplace=inplace)
+    if len(other.shape) == 3 and input.shape == (other.shape[0], 1, 1) and not inplace:
+        return t.emit(kind, other, input)
+    raise Refused(
+        "fused only between equal shapes, or [N, C, H, W] and [N, C, 1, 1] "
+        f"(got {batched(input.shape)} and {batched(other.shape)})"
+    )
 
 
 @_row(F.dropout, torch.dropout)

@@ -143,6 +143,9 @@ class SymbolicTensor(fx.Proxy):
     def __iadd__(self, other: Any) -> fx.Proxy:  # fx would take `x += y` for `x = x + y`
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
 
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
 
 def _length(value: Any) -> Any:
     return value.shape[0] if isinstance(value, SymbolicTensor) else len(value)

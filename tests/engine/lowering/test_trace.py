@@ -55,8 +55,11 @@ KINDS = {
     "max_pool": lambda op, x, *_: pool(op, x, F.max_pool2d),
     "avg_pool": lambda op, x, *_: pool(op, x, F.avg_pool2d, count_include_pad=op.attributes["count_include_pad"]),
     "mean_pool": lambda op, x, *_: x.mean((2, 3)).reshape(len(x), *op.shape),
-    "flatten": lambda op, x, *_: x.reshape(len(x), -1),
+    "flatten": lambda op, x, *_: x.reshape(len(x), *op.shape),
 }
+
+
+OF_TWO = {"add": torch.add, "multiply": torch.mul}
 
 
 def run_graph(graph, parameters, x):
@@ -66,7 +69,7 @@ def run_graph(graph, parameters, x):
     for op in graph.ops:
         inputs = [values[value] for value in op.inputs]
         weights = [None if name is None else parameters[name] for name in op.params]
-        output = inputs[0] + inputs[1] if op.kind == "add" else KINDS[op.kind](op, *inputs, *weights)
+        output = OF_TWO[op.kind](*inputs) if op.kind in OF_TWO else KINDS[op.kind](op, *inputs, *weights)
         assert output.shape[1:] == op.shape == graph.shapes[op.output], op
         values[op.output] = output
     assert len(graph.shapes[graph.output]) == 1
@@ -223,6 +226,13 @@ def branches(self, x):
     return self.head(pooled.reshape(pooled.shape[0], -1) + (a + a).mean([-2, -1]))
 
 
+def excited(self, x):
+    gate = torch.sigmoid(self.excite(x.mean((2, 3)).unsqueeze(-1).unsqueeze(-1).squeeze(3).squeeze(-1)))
+    y = x * gate[:, :, None, None]
+    y *= self.shift(F.adaptive_avg_pool2d(x, 1))
+    return torch.multiply(y, x.mul(x)) + self.excite(gate).view(*gate.shape, 1, 1)
+
+
 def methods(self, x):
     x = x.relu().contiguous().clone().tanh().sigmoid()
     x = torch.relu(torch.sigmoid(x)).mean((2, 3), keepdim=True)
@@ -246,6 +256,7 @@ REAL = {
         lambda: Forward(branches, left=nn.Conv2d(2, 3, 1), right=nn.Conv2d(2, 3, 1), head=nn.Linear(3, 2)),
         (2, 3, 4),
     ),
+    "gates": (lambda: Forward(excited, excite=nn.Linear(3, 3), shift=nn.Conv2d(3, 3, 1)), (3, 4, 2)),
     "methods": (lambda: Forward(methods, fc=nn.Linear(3, 2)), (3, 2, 2)),
     "nested": (
         lambda: nn.Sequential(nn.Sequential(nn.Sequential(nn.Linear(3, 4)), nn.Identity()), nn.Dropout(0.0), nn.ReLU()),
@@ -469,6 +480,11 @@ def positive(self, x):
     return x
 
 
+def times_in_place(a, b):
+    a *= b
+    return a
+
+
 def big_batch(self, x):
     return self.fc(x) if x.size(0) > 4 else x
 
@@ -490,7 +506,15 @@ REFUSED = {
     "computed weight": (call(lambda self, x: F.linear(x, x)), FLAT, "weight must be a parameter"),
     "weight arithmetic": (call(lambda self, x: F.linear(x, self.fc.weight * 2)), FLAT, "mul at"),
     "transposed weight": (call(lambda self, x: F.linear(x, self.fc.weight.t())), FLAT, "t at"),
-    "broadcast add": (call(lambda self, x: x.mean((2, 3), keepdim=True) + x), IMAGE, "equal shapes"),
+    "mask of space": (call(lambda self, x: x * x.mean(1, keepdim=True)), IMAGE, "two dimensions of space"),
+    "row and column": (call(lambda self, x: F.max_pool2d(x, (1, 4)) * x), IMAGE, r"\[N, C, 1, 1\] \(got \[N, 2, 4, 1\]"),
+    "flat by picture": (call(lambda self, x: x * torch.flatten(x, 1)), IMAGE, r"and \[N, 32\]"),
+    "multiplied parameter": (call(lambda self, x: x * self.fc.bias), FLAT, "got parameter 'fc.bias'"),
+    "larger into smaller": (call(lambda self, x: times_in_place(x.mean((2, 3), keepdim=True), x)), IMAGE, "equal shapes"),
+    "new first dimension": (call(lambda self, x: x.unsqueeze(0)), FLAT, "mixes the samples of a batch"),
+    "some rows": (call(lambda self, x: self.fc(x)[:, :2]), FLAT, "adds dimensions"),
+    "first sample": (call(lambda self, x: self.fc(x)[0]), FLAT, "adds dimensions"),
+    "no first dimension": (call(lambda self, x: x.squeeze((0, 2))), IMAGE, "takes away the samples"),
     "scaled add": (call(lambda self, x: torch.add(x, x, alpha=2)), FLAT, "alpha=1"),
     "batch mean": (call(lambda self, x: self.fc(x).mean(0)), FLAT, "mixes the samples of a batch"),
     "mean of all": (call(lambda self, x: x.mean()), FLAT, "mixes the samples of a batch"),
