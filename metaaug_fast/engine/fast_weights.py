@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..tasks import MetaOutput, check_inputs_of, check_samples, check_tensor, class_ids, usable
+from .choice import choose_executor
 from .exclusive import ONE_AT_A_TIME
-from .executor import choose_executor
 from .losses import check_targets, judge
 from .problem import NORMS, InnerProblem, check_inputs
 from .reference import unpack

@@ -50,7 +50,7 @@ class FusedExecutor:
 
     def __init__(self, graph: Graph, model: nn.Module) -> None:
         self.output_shape = graph.output_shape
-        self._graph = graph
+        self.graph = graph
         self._shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
         self.buffers = [buffer for op in graph.ops for buffer in _frozen(op)]
         self._engines: dict[tuple[tuple[str, int], ...], _C.FusedEngine] = {}
@@ -75,6 +75,13 @@ class FusedExecutor:
     def predict(self, problem: InnerProblem, flat: Tensor, x: Tensor) -> Tensor:
         """Output `[T, N, *output_shape]` of each task's weights `flat` `[T, P]` on `x`; differentiable once."""
         return _Predict.apply(self, problem, flat, x)
+
+    def encode(self, problem: InnerProblem, x: Tensor) -> Tensor:
+        """Output `[T, N, *output_shape]` of the problem's own parameters on `x`; differentiable once.
+
+        With `batch_norm="running"` in training the model's running statistics move.
+        """
+        return _Encode.apply(self, problem, x, *problem.parameters.values())
 
     def meta_loss(self, problem: InnerProblem, support: Support, query: Query) -> MetaOutput:
         """The meta-step, and the gradient with it: `backward` only scales what the forward call has found.
@@ -103,7 +110,7 @@ class FusedExecutor:
         if rows not in self._engines:
             try:
                 on_gpu = next(iter(problem.parameters.values())).is_cuda
-                self._engines[rows] = _C.FusedEngine(_native(self._graph, self._shapes, problem), on_gpu)
+                self._engines[rows] = _C.FusedEngine(_native(self.graph, self._shapes, problem), on_gpu)
             except ValueError as error:
                 raise NotFusedError(str(error)) from None
         return self._engines[rows]
@@ -137,7 +144,7 @@ class FusedExecutor:
         update_running(problem.model, statistics)
 
     def _norms(self) -> list[Op]:
-        return [op for op in self._graph.ops if op.kind == "batch_norm"]
+        return [op for op in self.graph.ops if op.kind == "batch_norm"]
 
 
 class _Call:
@@ -255,6 +262,33 @@ class _Predict(torch.autograd.Function):
         return None, None, found.get(names[0]), found.get(names[1])
 
 
+class _Encode(torch.autograd.Function):
+    """Outputs of the model's own weights. The backward call makes them again: only the inputs are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, executor: FusedExecutor, problem: InnerProblem, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.executor, ctx.problem = executor, problem
+        ctx.save_for_backward(x, *parameters)
+        learns = problem.batch_norm == "running" and problem.training
+        found = _encode(executor, problem, x, parameters, ["predictions", "statistics"] if learns else ["predictions"])
+        if learns:
+            executor.learn_statistics(problem, found["statistics"])
+        return found["predictions"].view(*x.shape[:2], *executor.output_shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, adjoint: Tensor) -> tuple[Tensor | None, ...]:
+        x, *parameters = ctx.saved_tensors
+        needs_x, *needs = ctx.needs_input_grad[2:]
+        wanted = ["grad_query_x"] * needs_x + ["grad_parameters"] * any(needs)
+        found = _encode(ctx.executor, ctx.problem, x, parameters, wanted, needs, adjoint)
+        gradients: list[Tensor | None] = [None] * len(needs)
+        if "grad_parameters" in found:
+            views = _C.unflatten(found["grad_parameters"], parameters)
+            gradients = [view if need else None for view, need in zip(views, needs, strict=True)]
+        return None, None, found.get("grad_query_x"), *gradients
+
+
 class _MetaLoss(torch.autograd.Function):
     """Mean query loss, task losses and accuracy; the gradient of the mean is found in the forward call."""
 
@@ -324,6 +358,20 @@ def _predict(
     data = {"initial": flat, "query_x": x}
     tensors = [None] * len(problem.parameters) + [data.get(name) for name in _DATA]
     return call.run(tensors, outputs, prediction_adjoint=adjoint)
+
+
+def _encode(
+    executor: FusedExecutor,
+    problem: InnerProblem,
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    outputs: list[str],
+    needs: Sequence[bool] = (),
+    adjoint: Tensor | None = None,
+) -> dict[str, Tensor]:
+    call = _Call(executor, problem, steps=False)
+    tensors = [*parameters, *(x if name == "query_x" else None for name in _DATA)]
+    return call.run(tensors, outputs, needs, prediction_adjoint=adjoint)
 
 
 def _settings(problem: InnerProblem, steps: bool) -> _C.Settings:

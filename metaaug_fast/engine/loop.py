@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..tasks import MetaOutput, check_samples, check_tensor, class_ids, sent, usable
-from .executor import Executor, choose
+from .choice import choose
+from .executor import Executor
 from .fast_weights import FastWeights
 from .losses import Loss
 from .problem import (

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from os.path import commonpath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,14 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ..tasks import MetaOutput
 from .exclusive import ONE_AT_A_TIME
+from .executor import Executor
 from .fallback import FallbackExecutor
 from .norms import forward, forward_all_until, forward_until
 from .problem import NORMS, InnerProblem, Query, Rate, Support
 from .reference import pack, unpack
-
-if TYPE_CHECKING:
-    from .executor import Executor
-
 
 BODY_BYTES = 2**30
 """What the graph of a body may take; that of a larger one is made again, chunk by chunk of the tasks, in `backward`."""

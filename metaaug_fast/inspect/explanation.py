@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..engine.executor import choose_executor
+from ..engine.choice import choose_executor
 from ..engine.fused import FusedExecutor, refusal
 from ..engine.lowering.graph import Op, Refusal
 from ..engine.lowering.table import Shape, batched

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..engine.encoding import encode
 from ..engine.losses import check_targets, judge
 from ..tasks import MetaOutput, TaskBatch
 from .base import Learner, Predictor, check_steps, one_task_too
@@ -19,7 +20,7 @@ class EncoderLearner(Learner):
 
     Batch norm is the module's own: training normalises support and query samples of all tasks together, evaluation by
     the running statistics, so predictions are not transductive. Training tasks may have more classes than those judged
-    later.
+    later. On the CPU the encoder runs in the fused engine where that knows it (`engine.encoding.encode`).
 
     Args:
         model: an encoder, `[N, ...]` to features `[N, D]`, such as `mf.models.conv4(ways=None)`.
@@ -75,7 +76,7 @@ class EncoderLearner(Learner):
         return Predictor(lambda x: predict(self._embed(x)), len(support_x))
 
     def _embed(self, x: Tensor) -> Tensor:
-        features: Tensor = self.model(x.flatten(0, 1))
+        features = encode(self.model, x.flatten(0, 1))
         if features.ndim != 2 or len(features) != x.shape[0] * x.shape[1]:
             raise ValueError(f"model must give features [N, D] (got shape {tuple(features.shape)})")
         return features.unflatten(0, x.shape[:2])

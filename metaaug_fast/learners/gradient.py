@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import reference
-from ..engine.executor import choose_executor, fingerprint
+from ..engine.choice import choose_executor
 from ..engine.fast_weights import FastWeights
 from ..engine.loop import adapt_tasks, judge_steps
 from ..engine.problem import NORMS, InnerProblem, Query, Support, with_seed, with_steps
+from ..engine.remembered import fingerprint
 from ..tasks import MetaOutput, TaskBatch
 from .base import Learner, check_steps, one_task_too
 

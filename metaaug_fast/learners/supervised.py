@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..checks import check_count, check_integer, check_number
 from ..data.samples import ClassSamples
+from ..engine.encoding import encode
 from ..errors import NonFiniteError
 from ..tasks import check_tensor, class_ids
 
@@ -75,7 +76,7 @@ def fit(
             if len(order) < batch:
                 order = torch.randperm(len(x), generator=generator)
             rows, order = order[:batch], order[batch:]
-            output = network(inputs(x[rows.to(x.device)], like))
+            output = encode(network, inputs(x[rows.to(x.device)], like))
             if step == 0:
                 _check_labels(y, output)
             loss = F.cross_entropy(output, y[rows.to(y.device)])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import metaaug_fast as mf
 from metaaug_fast import _C
 from metaaug_fast.engine import fused, reference
-from metaaug_fast.engine.executor import choose_executor
+from metaaug_fast.engine.choice import choose_executor
 from metaaug_fast.engine.fused import FusedExecutor
 from metaaug_fast.engine.norms import update_running
 from metaaug_fast.engine.problem import InnerProblem, Query, Support, inner_problem, with_steps

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from metaaug_fast.engine import reference
-from metaaug_fast.engine.executor import choose_executor, fingerprint
+from metaaug_fast.engine.choice import choose_executor
 from metaaug_fast.engine.fast_weights import FastWeights
 from metaaug_fast.engine.loop import inner_loop, judge_steps, meta_loss
 from metaaug_fast.engine.problem import Query, Support, inner_problem, with_steps
+from metaaug_fast.engine.remembered import fingerprint
 from metaaug_fast.errors import FallbackWarning, NonFiniteError, NotFusedError
 from tests.building import C, F, Q, S, T, backends, perceptron, tasks
 from tests.exactness import relative_error

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaaug_fast.engine import reference
-from metaaug_fast.engine.executor import choose_executor
+from metaaug_fast.engine.choice import choose_executor
 from metaaug_fast.engine.problem import InnerProblem, Query, Support, inner_problem
 from tests.exactness import assert_close, gradients, leaves, predictions, rand, randn
 

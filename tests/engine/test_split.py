@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import metaaug_fast as mf
 from metaaug_fast.engine import loop, reference
-from metaaug_fast.engine.executor import choose_executor
+from metaaug_fast.engine.choice import choose_executor
 from metaaug_fast.engine.problem import inner_problem
 from metaaug_fast.engine.split import SplitExecutor
 from metaaug_fast.errors import NotFusedError

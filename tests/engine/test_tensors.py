@@ -9,8 +9,9 @@ from torch import nn
 
 import metaaug_fast as mf
 from metaaug_fast.engine import reference
-from metaaug_fast.engine.executor import choose_executor, fingerprint
+from metaaug_fast.engine.choice import choose_executor
 from metaaug_fast.engine.problem import Query, Support, inner_problem
+from metaaug_fast.engine.remembered import fingerprint
 from tests.building import VIEWS, C, F, Q, S, T, backends, negated, perceptron
 from tests.exactness import assert_close, gradients, leaves, rand, randn
 

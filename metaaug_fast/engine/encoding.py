@@ -1,0 +1,95 @@
+"""One pass of a model over samples, with its gradient, where there is no inner loop: features, or classes.
+
+Ordinary torch takes several times as long for the small convolutions of few-shot networks, and on the CPU loses as much
+again by returning and clearing memory.
+"""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import NotFusedError
+from .exclusive import ONE_AT_A_TIME
+from .fused import FusedExecutor
+from .lowering.graph import Graph
+from .lowering.trace import lower
+from .problem import NORMS, InnerProblem
+
+CHUNK = 32
+"""So many samples are a core's at a time, where none sees the others."""
+
+FEW_CORES = 2
+"""Where batch norms see all samples one core has them all, which is as fast as so many with ordinary torch."""
+
+
+def encode(model: nn.Module, x: Tensor) -> Tensor:
+    """`model(x)` of samples `[N, ...]`, in the model's own mode: batch norms go by it, and learn running statistics.
+
+    On the CPU, models that the fused engine knows run there, and are differentiable once; any other is called. So is
+    one that drops, and one whose batch norms see all samples where there are more than `FEW_CORES`.
+
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    >>> x = torch.randn(5, 4)
+    >>> torch.allclose(encode(model, x), model(x), atol=1e-6)
+    True
+    """
+    problem = InnerProblem(model, dict(model.named_parameters()), {}, 0, "mse", batch_norm="running")
+    executor = _executor(problem, x) if _is_ordinary(problem, x) else None
+    if executor is None:
+        output: Tensor = model(x)
+        return output
+    chunk = len(x) if _mixes(executor.graph) else min(CHUNK, len(x))
+    missing = -len(x) % chunk
+    whole = F.pad(x, [0] * (2 * x.ndim - 1) + [missing]) if missing else x
+    return executor.encode(problem, whole.unflatten(0, (-1, chunk))).flatten(0, 1)[: len(x)]
+
+
+_EXECUTORS: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], FusedExecutor]] = WeakKeyDictionary()
+
+
+def _executor(problem: InnerProblem, x: Tensor) -> FusedExecutor | None:
+    """The engine for a model and its mode, if that is the way to take."""
+    model, key = problem.model, (tuple(x.shape[1:]), problem.training)
+    try:
+        graph = lower(model, key[0], fixed_statistics=not problem.training, drop=problem.training)
+        with ONE_AT_A_TIME:
+            known = _EXECUTORS.setdefault(model, {})
+            if key not in known or known[key].graph is not graph:
+                known[key] = FusedExecutor(graph, model)
+                known[key].engine(problem)  # which may refuse the graph, too
+    except NotFusedError:
+        return None
+    mixes = _mixes(graph) and (len(x) < 2 or torch.get_num_threads() > FEW_CORES)
+    return None if mixes or any(op.kind == "dropout" for op in graph.ops) else known[key]
+
+
+def _mixes(graph: Graph) -> bool:
+    return any(op.kind == "batch_norm" and not op.attributes["fixed"] for op in graph.ops)
+
+
+def _is_ordinary(problem: InnerProblem, x: Tensor) -> bool:
+    """Whether the model and its input are such as the engine takes on the CPU."""
+    values = problem.parameters.values()
+    kinds = {(value.device.type, value.dtype) for value in (x, *values)}
+    if not values or kinds not in ({("cpu", torch.float32)}, {("cpu", torch.float64)}) or not len(x):
+        return False
+    if not all(map(_has_memory, (x, *values))):
+        return False
+    for part in problem.model.modules():
+        learns_otherwise = getattr(part, "track_running_stats", False) and not isinstance(part, NORMS)
+        if part.training != problem.training or learns_otherwise:
+            return False
+    return not torch.is_autocast_enabled("cpu")
+
+
+def _has_memory(value: Tensor) -> bool:
+    """Whether it is a tensor of numbers, and not what `torch.func` puts in a tensor's place."""
+    try:
+        value.data_ptr()
+    except RuntimeError:
+        return False
+    return True
