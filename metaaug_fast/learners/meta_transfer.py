@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ from torch.optim import Optimizer
 
 from ..checks import check_choice, check_count, check_number
 from ..data.samples import ClassSamples
-from ..engine.problem import NORMS, LearningRate
+from ..engine.problem import NORMS, InnerProblem, LearningRate
 from ..tasks import MetaOutput, TaskBatch, class_ids
 from .parts import find_head, inside, replaced
-from .scaling import reset, scaled, scaled_layers
+from .scaling import plain, reset, scaled, scaled_layers, weights
 from .supervised import check_labelled, fit, inputs, labelled
 from .unrolled import UnrolledLearner
 
@@ -80,6 +81,17 @@ class MetaTransfer(UnrolledLearner):
         self.target_weight = 0.0
         self._settle(inside(head), learn_inner_lr)
         _let_learn(self.model, head, "scale_shift")
+
+    def problem(self, steps: int | None = None) -> InnerProblem:
+        """The inner problem on the network of plain layers, whose weights are the scaled ones at this moment."""
+        problem = super().problem(steps)
+        for path, module in problem.model.named_modules():
+            module.training = self.model.get_submodule(path).training
+        return replace(problem, parameters={**problem.parameters, **weights(self.model)})
+
+    def _inner_problem(self) -> InnerProblem:
+        network = plain(self.model)
+        return replace(super()._inner_problem(), model=network, parameters=dict(network.named_parameters()))
 
     def pretrain(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -74,6 +75,39 @@ def scaled(model: nn.Module, head: str) -> nn.Module:
         )
     made = {id(layer): ScaledLayer(layer) for layer in layers.values()}
     return replaced(model, {path: made[id(layer)] for path, layer in layers.items()})
+
+
+def plain(network: nn.Module) -> nn.Module:
+    """The same network of the layers that were scaled, each with a bias: what the fused engine knows.
+
+    All parameters are shared, but a bias where there was none is new and frozen. See `weights`.
+
+    >>> network = scaled(nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 2)), "2")
+    >>> [name for name, _ in plain(network).named_parameters()]
+    ['0.weight', '0.bias', '2.weight', '2.bias']
+    """
+    made = {id(layer): _with_bias(layer) for layer in scaled_layers(network)}
+    places = {path: made[id(each)] for path, each in network.named_modules(remove_duplicate=False) if id(each) in made}
+    return replaced(network, places)
+
+
+def _with_bias(scaled_layer: ScaledLayer) -> nn.Module:
+    twin: nn.Module = copy.copy(scaled_layer.layer)
+    bias = nn.Parameter(torch.zeros_like(scaled_layer.shift), requires_grad=False)
+    own = {name: value for name, value in twin._parameters.items() if value is not None}
+    twin._parameters = {"weight": own["weight"], "bias": own.get("bias", bias)}
+    return twin
+
+
+def weights(network: nn.Module) -> dict[str, Tensor]:
+    """As they are scaled and shifted, by their names in the plain network.
+
+    >>> network = scaled(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), "2")
+    >>> {name: value.shape for name, value in weights(network).items()}
+    {'0.weight': torch.Size([4, 3]), '0.bias': torch.Size([4])}
+    """
+    layers = [(path, each) for path, each in network.named_modules() if isinstance(each, ScaledLayer)]
+    return {f"{path}.{name}": getattr(layer, name) for path, layer in layers for name in ("weight", "bias")}
 
 
 @torch.no_grad()

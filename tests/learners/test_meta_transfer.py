@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 import metaaug_fast as mf
 from metaaug_fast.learners import HardTasks
-from metaaug_fast.learners.scaling import scaled
+from metaaug_fast.learners.scaling import scaled, scaled_layers
 from metaaug_fast.learners.supervised import fit, labelled
 from metaaug_fast.models import conv4, strided_conv4
 from tests.building import backends, perceptron, same
@@ -113,7 +113,8 @@ def test_frozen_weights_do_not_move(batch_norm, tmp_path):
     before = copy.deepcopy(learner.state_dict())
     mf.train(learner, episodes, 7, meta_lr=0.05, progress=False)
     moved = {name for name, value in learner.state_dict().items() if not torch.equal(value, before[name])}
-    assert moved == {name for name in before if name.endswith(("scale", "shift")) or "head" in name}
+    steers = ("scale", "shift") if batch_norm == "frozen" else ("scale",)  # a norm by its batch undoes a shift
+    assert moved == {name for name in before if name.endswith(steers) or "head" in name}
 
     path = tmp_path / "part.safetensors"
     part, episodes = parts()
@@ -356,3 +357,22 @@ def test_what_is_not_finite_is_refused():
     x, y = few()
     with pytest.raises(mf.NonFiniteError, match="the loss is nan within 3 steps"):
         mf.MetaTransfer(perceptron()).fine_tune(x * float("nan"), y, 3)
+
+
+def test_meta_training_is_fused_whatever_mode_its_parts_are_in():
+    """As the network of plain layers, whose adapted weights have the user's own names."""
+    model = strided_conv4(3, (1, 8, 8), hidden=4)
+    learner = mf.MetaTransfer(model, inner_steps=2, backend="fused")
+    batch = class_tasks(1, 8, 8).to(torch.float32)
+    learner.eval()(batch)
+    assert not any(module.training for module in learner.problem().model.modules())
+    learner.train()
+    assert all(module.training for module in learner.problem().model.modules())
+    learner(batch).loss.backward()
+    assert all(float(layer.scale.grad.norm()) > 0 for layer in scaled_layers(learner.model))
+    fast = learner.adapt(*batch.tensors[:2])
+    assert set(fast.as_dict()) >= {name for name, _ in model.named_parameters()}
+    with torch.no_grad():
+        scaled_layers(learner.model)[0].scale.mul_(2)
+    first = next(iter(learner.problem().parameters))
+    torch.testing.assert_close(learner.problem().parameters[first], 2 * fast.as_dict()[first][0])
