@@ -97,6 +97,16 @@ class Learner(nn.Module):
             check_number("meta_lr", lr)
         return [torch.optim.Adam(self.parameters(), 1e-3 if lr is None else lr, fused=True)]
 
+    def prepare(self, episodes: Any, *, resumed: bool = False) -> Any:
+        """What a run does before its meta-training, and the episodes that this goes through; here nothing, and these.
+
+        A learner may be pre-trained on the samples that episodes are drawn from, or have others drawn of its own.
+
+        Args:
+            resumed: the run goes on, so that it has been pre-trained.
+        """
+        return episodes
+
     def meta_step(self, tasks: TaskBatch, optimizers: Sequence[Optimizer]) -> MetaOutput:
         """One update from a batch of tasks; what it found before it moved."""
         return gradient_step(self, tasks, optimizers)

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..checks import check_choice, check_count, check_number
+from ..data.episodes import Episodes
 from ..data.samples import ClassSamples
 from ..engine.problem import NORMS, InnerProblem, LearningRate
 from ..tasks import MetaOutput, TaskBatch, class_ids
+from .hard_tasks import HardTasks
 from .parts import find_head, inside, replaced
 from .scaling import plain, reset, scaled, scaled_layers, weights
 from .supervised import check_labelled, fit, inputs, labelled
@@ -28,7 +30,7 @@ class MetaTransfer(UnrolledLearner):
     """Learn weights Theta by plain classification, freeze them, and meta-learn to scale and shift them; then fine-tune.
 
         1. `pretrain`:   minimise the cross entropy of [Theta; a head for all source classes]       over Theta and it
-        2. `mf.train`:   theta_i = theta - inner_lr * grad_theta loss(S, theta; support of task i)  inner_steps times
+        2. `meta_train`: theta_i = theta - inner_lr * grad_theta loss(S, theta; support of task i)  inner_steps times
                          minimise the mean over tasks of loss(S, theta_i; query of task i)          over S and theta
         3. `fine_tune`:  minimise the loss of few labelled target samples                           over S and theta
 
@@ -43,6 +45,7 @@ class MetaTransfer(UnrolledLearner):
         model: any module with a linear layer or convolution before its head. It is shared, its body is frozen.
         inner_lr, inner_steps, learn_inner_lr: see `MAML`. The paper's, for 640 features; fewer want a higher rate.
         head: the name of the layer that adapts, such as "classifier". None: it is found.
+        pretrain_steps: before the meta-training of a run; `pretrain` has its own.
         batch_norm: "frozen": by running statistics; "batch": by the batch's own in meta-training and meta-testing.
         first_order, loss, backend, label_smoothing, momentum, weight_decay, task_chunk, precision: see `MAML`.
 
@@ -56,8 +59,8 @@ class MetaTransfer(UnrolledLearner):
     True
     >>> sorted({name.rpartition(".")[2] for name, value in learner.named_parameters() if value.requires_grad})
     ['bias', 'scale', 'shift', 'weight']
-    >>> letters = mf.data.Episodes(mf.data.Glyphs(), tasks=2)
-    >>> history = mf.train(learner, mf.learners.HardTasks(learner, letters), steps=2, progress=False)
+    >>> learner.meta_train(mf.data.Episodes(mf.data.Glyphs(), tasks=2), steps=2) > 0
+    True
     >>> classifier = learner.fine_tune(torch.rand(10, 1, 28, 28), torch.arange(10) % 5, steps=2)
     >>> classifier(torch.rand(7, 1, 28, 28)).shape
     torch.Size([7, 5])
@@ -71,12 +74,15 @@ class MetaTransfer(UnrolledLearner):
         head: str | None = None,
         learn_inner_lr: bool = False,
         batch_norm: str = "frozen",
+        pretrain_steps: int = 1000,
         **options: Any,
     ) -> None:
         check_choice("batch_norm", batch_norm, POLICIES)
+        check_count("pretrain_steps", pretrain_steps)
         head = find_head(model, head)
         super().__init__(scaled(model, head), inner_lr, inner_steps, batch_norm=batch_norm, **options)
         self.head = head
+        self.pretrain_steps = pretrain_steps
         self.target: tuple[Tensor, Tensor] | None = None
         self.target_weight = 0.0
         self._settle(inside(head), learn_inner_lr)
@@ -137,14 +143,45 @@ class MetaTransfer(UnrolledLearner):
         like = layer.weight
         head = nn.Linear(layer.in_features, classes, device=like.device, dtype=like.dtype)
         reset(self.model)
-        network = replaced(self.model, {self.head: head})
-        training = network.training
+        network = replaced(plain(self.model), {self.head: head})
+        training, own = self.model.training, {id(value) for value in [*self.model.parameters(), *head.parameters()]}
         try:
-            _let_learn(network, self.head, "weights")
+            for value in network.parameters():
+                value.requires_grad_(id(value) in own)
             return fit(network.train(), x, y, steps, lr=lr, batch=batch, seed=seed)
         finally:
             _let_learn(self.model, self.head, "scale_shift")
             self.model.train(training)
+
+    def prepare(self, episodes: Any, *, resumed: bool = False) -> HardTasks:
+        """Pre-train on all samples of the episodes' classes, and draw hard tasks among them."""
+        tasks = HardTasks(self, episodes)
+        if not resumed and self.pretrain_steps:
+            self.pretrain(episodes.dataset, self.pretrain_steps, seed=episodes.seed)
+        return tasks
+
+    def meta_train(self, episodes: Episodes, steps: int = 100, *, meta_lr: float | None = None) -> float:
+        """Learn scales, shifts and the head from tasks, every second batch of which are hard ones.
+
+        `mf.train(learner, HardTasks(learner, episodes), steps)` does the same with validation and checkpoints.
+
+        Args:
+            episodes: of labelled samples, without a transform.
+            steps: meta-steps.
+            meta_lr: of Adam; None: 0.001.
+
+        Returns:
+            The mean meta-loss of the last tenth of the steps.
+
+        Raises:
+            TypeError, ValueError: an argument is out of range, or the episodes are others.
+            NonFiniteError: NaN or infinity arose.
+        """
+        check_count("steps", steps, low=1)
+        tasks, optimizers = HardTasks(self, episodes), self.optimizers(meta_lr)
+        losses = [float(self.meta_step(next(tasks), optimizers).loss.detach()) for _ in range(steps)]
+        last = losses[-max(1, steps // 10) :]
+        return sum(last) / len(last)
 
     def join_target(self, x: Tensor, y: Tensor, weight: float = 1.0) -> None:
         """Let every meta-step minimise `sum_i loss(task i) + weight * loss(target task)`, divided by its tasks.

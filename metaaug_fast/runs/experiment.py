@@ -100,7 +100,7 @@ def run(
         tenth = math.ceil(settings.steps / 10)
         history = train(
             learner,
-            training,
+            learner.prepare(training, resumed=before is not None),
             settings.steps,
             meta_lr=settings.meta_lr,
             schedule=settings.schedule,

@@ -376,3 +376,40 @@ def test_meta_training_is_fused_whatever_mode_its_parts_are_in():
         scaled_layers(learner.model)[0].scale.mul_(2)
     first = next(iter(learner.problem().parameters))
     torch.testing.assert_close(learner.problem().parameters[first], 2 * fast.as_dict()[first][0])
+
+
+def test_a_run_begins_with_pretraining_unless_it_goes_on():
+    data = mf.data.ClassSamples.from_arrays(torch.randn(40, 4), torch.arange(40) % 8)
+    episodes = mf.data.Episodes(data, ways=3, shots=1, queries=2, tasks=2, seed=3)
+    for steps, resumed in ((0, False), (5, True), (5, False)):
+        learner = mf.MetaTransfer(perceptron().float(), pretrain_steps=steps)
+        before = copy.deepcopy(learner.state_dict())
+        torch.manual_seed(5)  # of the head that is dropped
+        tasks = learner.prepare(episodes, resumed=resumed)
+        assert isinstance(tasks, HardTasks)
+        assert tasks.episodes is episodes
+        assert same(dict(learner.state_dict()), dict(before)) == (steps == 0 or resumed)
+    twin = mf.MetaTransfer(perceptron().float())
+    twin.load_state_dict(before)
+    torch.manual_seed(5)
+    twin.pretrain(data, 5, seed=3)
+    assert same(dict(learner.state_dict()), dict(twin.state_dict()))
+
+
+def test_meta_training_is_what_a_loop_of_steps_does():
+    data = mf.data.ClassSamples.from_arrays(torch.randn(40, 4), torch.arange(40) % 8)
+    learner = mf.MetaTransfer(perceptron().float())
+    twin, losses = copy.deepcopy(learner), []
+    tasks, optimizers = (
+        HardTasks(twin, mf.data.Episodes(data, ways=3, queries=2, tasks=2, seed=3)),
+        twin.optimizers(0.01),
+    )
+    for _ in range(20):
+        losses.append(float(twin.meta_step(next(tasks), optimizers).loss))
+    found = learner.meta_train(mf.data.Episodes(data, ways=3, queries=2, tasks=2, seed=3), 20, meta_lr=0.01)
+    assert found == pytest.approx(sum(losses[-2:]) / 2)
+    assert same(dict(learner.state_dict()), dict(twin.state_dict()))
+    with pytest.raises(ValueError, match=r"steps must be >= 1 \(got 0\)"):
+        learner.meta_train(mf.data.Episodes(data, ways=3, queries=2), 0)
+    with pytest.raises(ValueError, match=r"pretrain_steps must be >= 0 \(got -1\)"):
+        mf.MetaTransfer(perceptron(), pretrain_steps=-1)
