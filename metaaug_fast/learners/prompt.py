@@ -279,4 +279,8 @@ def _positions_of(model: Any) -> int | None:
     """How long an input may be; None: it does not say."""
     found = getattr(model, "positions", None)
     found = getattr(getattr(model, "config", None), "max_position_embeddings", None) if found is None else found
-    return found if isinstance(found, int) else None
+    if not isinstance(found, int):
+        return None
+    tables = [each for name, each in model.named_modules() if name.endswith("position_embeddings")]
+    padding = [getattr(each, "padding_idx", None) for each in tables]  # RoBERTa's begin behind that of padding
+    return found - sum(each + 1 for each in padding[:1] if each is not None)

@@ -353,3 +353,16 @@ def test_a_model_of_hugging_face():
     assert_exact(learner, batch, unbatched)
     with pytest.raises(ValueError, match="x must have at most 6 tokens"):
         learner(sentence_tasks(words=7))
+
+
+def test_positions_that_begin_behind_padding():
+    """RoBERTa's table holds places that no token takes."""
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    config = transformers.RobertaConfig(
+        vocab_size=VOCABULARY, hidden_size=DIM, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12,
+        max_position_embeddings=PROMPT + WORDS + 2, pad_token_id=1,
+    )  # fmt: skip
+    learner, batch = mf.PromptTuning(transformers.RobertaModel(config).double(), PROMPT), sentence_tasks()
+    learner(batch).loss.backward()
+    with pytest.raises(ValueError, match=rf"at most {WORDS} tokens, .* {PROMPT + WORDS} positions \(got {WORDS + 1}\)"):
+        learner(sentence_tasks(words=WORDS + 1))
