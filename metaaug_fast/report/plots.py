@@ -81,6 +81,46 @@ def plot_episode(tasks: TaskBatch, predictions: Tensor, path: str | Path, task: 
     _write(figure, path)
 
 
+def plot_samples(samples: Mapping[str, Tensor], path: str | Path) -> None:
+    """A sheet of pictures: in each class's row a block of columns for each kind, real beside generated, say.
+
+    Args:
+        samples: of each kind, by its name: `[classes, N, C, H, W]`, with one or three channels; N may differ.
+        path: where to write; the suffix names the format.
+
+    Raises:
+        ValueError: they are no such pictures, or of different numbers of classes.
+
+    >>> import tempfile, torch
+    >>> path = Path(tempfile.mkdtemp()) / "samples.png"
+    >>> plot_samples({"real": torch.rand(3, 4, 1, 28, 28), "learned": torch.rand(3, 1, 1, 28, 28)}, path)
+    >>> path.stat().st_size > 1000
+    True
+    """
+    shapes = {name: tuple(each.shape) for name, each in samples.items()}
+    classes = {
+        shape[0] for shape in shapes.values() if len(shape) == 5 and shape[2] in (1, 3) and shape[0] and shape[1]
+    }
+    if len(classes) != 1 or any(len(shape) != 5 or shape[2] not in (1, 3) for shape in shapes.values()):
+        raise ValueError(f"samples must be pictures [classes, N, C, H, W] of the same classes (got {shapes})")
+    (rows,), columns = classes, [shape[1] for shape in shapes.values()]
+    widths = [width for count in columns for width in [*[1.0] * count, 0.35]][:-1]
+    figure = Figure(figsize=(0.6 * sum(widths) + 0.2, 0.6 * rows + 0.5), dpi=150, facecolor="white")
+    grid = figure.add_gridspec(
+        rows, len(widths), width_ratios=widths, hspace=0.08, wspace=0.08, left=0.02, right=0.98, bottom=0.02,
+        top=1 - 0.4 / figure.get_figheight(),
+    )  # fmt: skip
+    first = 0
+    for (name, pictures), count in zip(samples.items(), columns, strict=True):
+        for row, own in enumerate(pictures.detach().cpu()):
+            for column, image in enumerate(own):
+                axes = _image_axes(figure, grid[row, first + column], image, GRID)
+                if row == column == 0:
+                    axes.set_title(name, loc="left", fontsize=9, color=INK, pad=5)
+        first += count + 1
+    _write(figure, path)
+
+
 def plot_learning_curve(history: History, path: str | Path, title: str = "") -> None:
     """Accuracy, or the loss where there are no classes, on training and validation episodes over the meta-steps.
 

@@ -96,3 +96,26 @@ plot_learning_curve(History([Point(1, 0.5), Point(2, 0.4)]), {str(tmp_path / "c.
 assert "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_sheet_of_samples_has_a_block_for_each_kind(tmp_path):
+    def colored(count, channel):
+        pictures = torch.zeros(4, count, 3, 8, 8)
+        pictures[:, :, channel] = 1
+        return pictures
+
+    plots.plot_samples({"real": colored(3, 0), "generated": colored(2, 2)}, tmp_path / "samples.png")
+    pixels = picture(tmp_path / "samples.png")
+    red, blue = ((pixels - torch.eye(3)[channel]).abs().amax(-1) < 0.02 for channel in (0, 2))
+    columns = [each.any(0).nonzero()[:, 0] for each in (red, blue)]
+    assert columns[0].max() < columns[1].min()
+    assert 1.2 < red.sum() / blue.sum() < 1.8  # three pictures a class, and two
+
+
+@pytest.mark.parametrize(
+    "shapes", [{}, {"a": (3, 4, 8, 8)}, {"a": (3, 1, 1, 8, 8), "b": (2, 1, 1, 8, 8)}, {"a": (3, 1, 2, 8, 8)}]
+)
+def test_what_is_no_sheet(shapes, tmp_path):
+    with pytest.raises(ValueError, match=r"samples must be pictures \[classes, N, C, H, W\]"):
+        plots.plot_samples({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "x.png")
+    assert not list(tmp_path.iterdir())
