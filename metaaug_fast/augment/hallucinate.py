@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..checks import check_count, check_integer
 from ..engine.encoding import encode
-from ..learners.base import Learner, class_members, one_task_too
+from ..learners.base import Learner, one_task_too
 from ..tasks import MetaOutput, TaskBatch, check_tensor
+from .parts import Behind, in_turn, labels_of
 
 
 class Hallucination(Learner):
@@ -110,7 +111,7 @@ class Hallucination(Learner):
     def adapt(self, support_x: Tensor, support_y: Tensor, **options: Any) -> Any:
         """What the learner learns from `[T, S, ...]` and what is made of it; one task may lack its T."""
         adapted = self.learner.adapt(*self._with_made(self._seen(support_x), support_y), **options)
-        return adapted if self.body is None else _Behind(adapted, self._seen)
+        return adapted if self.body is None else Behind(adapted, self._seen)
 
     def make(self, support_x: Tensor, support_y: Tensor) -> tuple[Tensor, Tensor]:
         """Samples made of support sets `[T, S, ...]`, class ids `[T, S]`: `[T, ways * per_class, ...]`, and their ids.
@@ -139,46 +140,20 @@ class Hallucination(Learner):
         return torch.cat([x, more_x], 1), torch.cat([y, more_y], 1)
 
     def _made(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        counts = class_members(y, torch.int64).sum(1)
-        tasks, ways = counts.shape
-        numbers = torch.arange(self.per_class, device=x.device).expand(tasks, ways, -1)
-        places = (counts.cumsum(1) - counts).unsqueeze(2) + numbers % counts.unsqueeze(2)
-        rows = y.argsort(dim=1, stable=True).gather(1, places.flatten(1))
-        seeds = x[torch.arange(tasks, device=x.device).unsqueeze(1), rows]
-        z = x.new_empty(tasks, ways * self.per_class, self.noise)
-        if self.training:
-            z.normal_()
-        else:  # of the first, second, ... turn of a class's samples
-            z = self.turns.to(z)[(numbers // counts.unsqueeze(2)).flatten(1)]
+        rows, rounds = in_turn(y, self.per_class)
+        labels = labels_of(int(y.max()) + 1, self.per_class, y)
+        seeds = x[torch.arange(len(x), device=x.device).unsqueeze(1), rows]
+        z = x.new_empty(*rows.shape, self.noise).normal_() if self.training else self.turns.to(x)[rounds]
         made = self.generator(seeds.flatten(0, 1), z.flatten(0, 1))
-        if made.shape != (tasks * ways * self.per_class, *x.shape[2:]):
+        if made.shape != (labels.numel(), *x.shape[2:]):
             raise ValueError(
                 f"generator must give samples [N, {', '.join(map(str, x.shape[2:]))}] (got {tuple(made.shape)})"
             )
-        labels = torch.arange(ways, device=y.device).repeat_interleave(self.per_class)
-        return made.unflatten(0, (tasks, -1)), labels.expand(tasks, -1)
+        return made.unflatten(0, labels.shape), labels
 
     def _seen(self, x: Tensor) -> Tensor:
         """What the learner is given of samples `[T, N, ...]`."""
         return x if self.body is None else encode(self.body, x.flatten(0, 1)).unflatten(0, x.shape[:2])
-
-
-class _Behind:
-    """Adapted tasks of features, given the samples."""
-
-    def __init__(self, adapted: Any, seen: Any) -> None:
-        self.adapted, self.seen = adapted, seen
-
-    def __len__(self) -> int:
-        return len(self.adapted)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        prediction: Tensor = self.adapted(self.seen(x))
-        return prediction
-
-    def evaluate(self, x: Tensor, y: Tensor) -> MetaOutput:
-        judged: MetaOutput = self.adapted.evaluate(self.seen(x), y)
-        return judged
 
 
 class VectorGenerator(nn.Module):

@@ -1,0 +1,62 @@
+"""What learners share whose support sets grow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..learners.base import class_members
+from ..tasks import MetaOutput
+
+
+class Behind:
+    """Adapted tasks of features, given the samples that these are of.
+
+    >>> import metaaug_fast as mf
+    >>> y = torch.arange(2).repeat(1, 2)
+    >>> adapted = mf.ProtoNet(torch.nn.Identity()).adapt(torch.randn(1, 4, 3), y)
+    >>> Behind(adapted, lambda x: x[..., :3])(torch.randn(1, 6, 8)).shape
+    torch.Size([1, 6, 2])
+    """
+
+    def __init__(self, adapted: Any, features: Callable[[Tensor], Tensor]) -> None:
+        self.adapted = adapted
+        self.features = features
+
+    def __len__(self) -> int:
+        return len(self.adapted)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        prediction: Tensor = self.adapted(self.features(x))
+        return prediction
+
+    def evaluate(self, x: Tensor, y: Tensor) -> MetaOutput:
+        """Losses and accuracies of the predictions for `x`."""
+        judged: MetaOutput = self.adapted.evaluate(self.features(x), y)
+        return judged
+
+
+def in_turn(labels: Tensor, per_class: int) -> tuple[Tensor, Tensor]:
+    """Each class's samples in turn, `per_class` in all: which, and in which round, `[T, ways * per_class]` each.
+
+    >>> rows, rounds = in_turn(torch.tensor([[1, 0, 1]]), per_class=3)
+    >>> rows.tolist(), rounds.tolist()
+    ([[1, 1, 1, 0, 2, 0]], [[0, 1, 2, 0, 0, 1]])
+    """
+    counts = class_members(labels, torch.int64).sum(1).unsqueeze(2)  # [T, ways, 1]
+    numbers = torch.arange(per_class, device=labels.device).expand(*counts.shape[:2], -1)
+    places = counts.cumsum(1) - counts + numbers % counts
+    rows = labels.argsort(dim=1, stable=True).gather(1, places.flatten(1))
+    return rows, (numbers // counts).flatten(1)
+
+
+def labels_of(ways: int, per_class: int, like: Tensor) -> Tensor:
+    """Class ids of so many samples, class after class, for the tasks of `like`.
+
+    >>> labels_of(2, 3, torch.zeros(1, 5, dtype=torch.int64))
+    tensor([[0, 0, 0, 1, 1, 1]])
+    """
+    return torch.arange(ways, device=like.device).repeat_interleave(per_class).expand(len(like), -1)
