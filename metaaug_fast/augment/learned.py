@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..checks import check_count, check_number
 from ..tasks import TaskBatch, check_tensor, class_ids
+from .targets import count_ways
 
 
 class LearnedWeights(nn.Module):
@@ -76,12 +77,7 @@ class LearnedLabels(nn.Module):
             raise ValueError(
                 f"support_y must be class ids, int64 [T, S] (got {support_y.dtype} {tuple(support_y.shape)})"
             )
-        low, high = (int(value) for value in support_y.aminmax())
-        if ways is not None:
-            check_count("ways", ways, low=1)
-        ways = high + 1 if ways is None else ways
-        if low < 0 or high >= ways:
-            raise ValueError(f"support_y must hold class ids 0..{ways - 1} (got {low if low < 0 else high})")
+        ways = count_ways(ways, support_y)
         check_number("confidence", confidence)
         if not 1 / ways < confidence < 1:
             raise ValueError(f"confidence must be above 1 / ways, {1 / ways:g}, and below 1 (got {confidence})")

@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 
 from ..checks import check_choice, check_count, check_flag, check_number
 from ..tasks import MetaOutput, TaskBatch, check_samples, check_tensor, class_ids
+from .targets import count_ways
 from .transforms import PADDINGS, Drawn, Transform, check_samples_of, find, transformed
 
 CHOICES = ("relaxed", "score")
@@ -337,11 +338,7 @@ class AugmentationPolicy(nn.Module):
         """Classes for targets that become soft; None where they are floating already, or stay as they are."""
         if not self.mixes or targets[0].is_floating_point():
             return None
-        low, high = (int(value) for value in torch.cat([each.flatten() for each in targets]).aminmax())
-        ways = high + 1 if self.ways is None else self.ways
-        if low < 0 or high >= ways:
-            raise ValueError(f"support_y must hold class ids 0..{ways - 1} (got {low if low < 0 else high})")
-        return ways
+        return count_ways(self.ways, *targets)
 
     def _check_generator(self, x: Tensor, generator: object) -> None:
         if generator is None:

@@ -53,9 +53,9 @@ class Transform:
         name: in tables, and of its parameters.
         acts: "affine": `apply(amount, rest, size)` gives a matrix `[N, 2, 3]` from a pixel of the result to where it is
             read, in pixels from the centre. "shift": the same gives what is added to that, `[N, H, W, 2]`, in parts of
-            half a picture. "values": `apply(x, amount, rest)` gives samples, which are then cut to 0..1, or to the range
-            that the picture had. "mix": `apply(x, other, amount, rest)`
-            gives samples and which share `[N]` of each is the other one's.
+            half a picture. "values": `apply(x, amount, rest)` gives samples; pictures are then cut to 0..1, or to the
+            range that they had. "mix": `apply(x, other, amount, rest)` gives samples and which share `[N]` of each is
+            the other one's.
         apply: see `acts`; amount is `[N]`, or `[N, numbers]` where there are more.
         largest: the amount at strength 1, before a number in -1..1 or 0..1 is drawn for each sample.
         unit: of the amount, in tables.

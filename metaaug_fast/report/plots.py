@@ -1,4 +1,4 @@
-"""Pictures of episodes, learning curves and regression tasks, written straight to a file (pyplot is not touched)."""
+"""Pictures of episodes, learning curves, regression tasks and policies, written straight to a file (no pyplot)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..tasks import TaskBatch
 
 if TYPE_CHECKING:
+    from ..augment.policy import AugmentationPolicy
     from ..runs.history import History
 
 INK, MUTED, GRID = "#1f2430", "#7a8190", "#e4e7ec"
@@ -196,6 +197,35 @@ def plot_sinusoid(tasks: TaskBatch, curves: Mapping[int, Tensor], path: str | Pa
         fontsize=9,
         labelcolor=INK,
     )
+    _write(figure, path)
+
+
+def plot_policy(policy: AugmentationPolicy, path: str | Path, support_x: Tensor | None = None) -> None:
+    """How often each transform of a policy is applied, and how strongly.
+
+    Args:
+        policy: those without strength are on or off, and have no second bar.
+        path: where to write; the suffix names the format.
+        support_x: one task's, `[S, ...]`, as for `policy.as_dict`.
+
+    >>> import tempfile, metaaug_fast as mf
+    >>> path = Path(tempfile.mkdtemp()) / "policy.png"
+    >>> plot_policy(mf.augment.AugmentationPolicy(["noise", "mixup"], 0.3), path)
+    >>> path.exists()
+    True
+    """
+    settings = policy.as_dict(support_x)
+    figure = Figure(figsize=(5.6, 0.36 * len(settings) + 1.1), dpi=150, facecolor="white", layout="constrained")
+    axes = figure.add_subplot()
+    places = np.arange(len(settings))
+    axes.barh(places - 0.2, [chance for chance, _ in settings.values()], 0.36, color=ACCENT, label="probability")
+    strengths = {at: strength for at, (_, strength) in enumerate(settings.values()) if strength is not None}
+    axes.barh(np.array([*strengths]) + 0.2, [*strengths.values()], 0.36, color=SECOND, label="strength")
+    style(axes, "of what is possible", "")
+    axes.set_xlim(0, 1)
+    axes.set_yticks(places, [name.replace("_", " ") for name in settings])
+    axes.invert_yaxis()
+    figure.legend(loc="outside upper right", ncols=2, frameon=False, fontsize=9, labelcolor=INK)
     _write(figure, path)
 
 

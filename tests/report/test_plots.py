@@ -5,6 +5,7 @@ import matplotlib.image
 import pytest
 import torch
 
+from metaaug_fast.augment import AugmentationPolicy
 from metaaug_fast.report import plots
 from metaaug_fast.runs.history import History, Point, ValidationPoint
 from metaaug_fast.tasks import TaskBatch
@@ -119,3 +120,23 @@ def test_what_is_no_sheet(shapes, tmp_path):
     with pytest.raises(ValueError, match=r"samples must be pictures \[classes, N, C, H, W\]"):
         plots.plot_samples({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "x.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_policy_shows_probabilities_and_strengths(tmp_path):
+    def shares(names, **settings):
+        plots.plot_policy(AugmentationPolicy(names, **settings), tmp_path / "policy.png")
+        pixels = picture(tmp_path / "policy.png")
+        return [_share(pixels, name) for name in (plots.ACCENT, plots.SECOND)]
+
+    often, rarely = (shares(["noise", "blur"], probability=chance, strength=0.5) for chance in (0.9, 0.3))
+    assert often[0] > 2 * rarely[0]
+    assert abs(often[1] - rarely[1]) < 0.1 * rarely[1]
+    strong = shares(["noise", "blur"], probability=0.3, strength=1.0)
+    assert strong[1] > 1.6 * rarely[1]
+    on_or_off = shares(["vertical_flip", "horizontal_flip"], probability=0.9)
+    assert on_or_off[1] < 0.2 * rarely[1]  # the legend's alone
+
+
+def _share(pixels, name):
+    color = torch.tensor([int(name[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return float(((pixels - color).abs().amax(-1) < 0.02).float().mean())
