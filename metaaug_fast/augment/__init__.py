@@ -1,5 +1,7 @@
 """Learned augmentation: of what tasks adapt on, for how well they then do on real queries."""
 
+from .distil import DistilledSet, distil, random_starts
+from .hallucinate import Hallucination, PictureGenerator, VectorGenerator
 from .learned import LearnedLabels, LearnedWeights
 from .policy import AugmentationPolicy, PolicyTransform, support_network
 from .transforms import PICTURES, TRANSFORMS, VECTORS, Drawn, Transform
@@ -9,10 +11,16 @@ __all__ = [
     "TRANSFORMS",
     "VECTORS",
     "AugmentationPolicy",
+    "DistilledSet",
     "Drawn",
+    "Hallucination",
     "LearnedLabels",
     "LearnedWeights",
+    "PictureGenerator",
     "PolicyTransform",
     "Transform",
+    "VectorGenerator",
+    "distil",
+    "random_starts",
     "support_network",
 ]
