@@ -22,6 +22,7 @@ class OpKind:
     mean_pool: ClassVar[OpKind]
     flatten: ClassVar[OpKind]
     add: ClassVar[OpKind]
+    multiply: ClassVar[OpKind]
     dropout: ClassVar[OpKind]
 
 class LossKind:

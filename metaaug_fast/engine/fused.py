@@ -280,6 +280,9 @@ class _Encode(torch.autograd.Function):
     def backward(ctx: Any, adjoint: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
         needs_x, *needs = ctx.needs_input_grad[2:]
+        if not bool(adjoint.isfinite().all()):  # which is for whoever made it to say, with what it is
+            filled = zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
+            return None, None, *(torch.full_like(value, torch.nan) if need else None for value, need in filled)
         wanted = ["grad_query_x"] * needs_x + ["grad_parameters"] * any(needs)
         found = _encode(ctx.executor, ctx.problem, x, parameters, wanted, needs, adjoint)
         gradients: list[Tensor | None] = [None] * len(needs)

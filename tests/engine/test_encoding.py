@@ -183,3 +183,11 @@ def test_a_second_derivative_is_refused(passes):
     (gradient,) = torch.autograd.grad(encode(model, x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated again"):
         gradient.sum().backward()
+
+
+def test_a_gradient_of_what_is_not_finite_is_not_finite(passes):
+    model, x = convolutions(), randn(4, 2, 8, 9).requires_grad_()
+    (encode(model, x).sum() / 0).backward()
+    assert passes
+    assert x.grad.isnan().all()
+    assert all(value.grad.isnan().all() for value in model.parameters())
