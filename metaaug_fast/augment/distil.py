@@ -15,6 +15,7 @@ from ..engine.loop import meta_loss
 from ..engine.problem import Query, Support, inner_problem, parameters_of
 from ..engine.reference import pack
 from ..errors import NonFiniteError
+from ..learners.supervised import inputs
 from ..tasks import MetaOutput, check_tensor, class_ids
 
 
@@ -164,7 +165,7 @@ def distil(
         raise ValueError(f"per_class must be at most the samples of every class (got {per_class}; one has {smallest})")
     like = next(iter(parameters_of(model).values()))
     generator = torch.Generator().manual_seed(seed)
-    classes = [_as_inputs(data.class_samples(index), like) for index in range(len(data))]
+    classes = [inputs(data.class_samples(index), like) for index in range(len(data))]
     chosen = [each[torch.randperm(len(each), generator=generator)[:per_class].to(each.device)] for each in classes]
     few = DistilledSet(torch.cat(chosen), _labels(chosen), inner_lr, inner_steps)
     x, y = torch.cat(classes), _labels(classes)
@@ -183,11 +184,6 @@ def distil(
             with torch.no_grad():
                 few.x.clamp_(0, 1)
     return few
-
-
-def _as_inputs(x: Tensor, like: Tensor) -> Tensor:
-    x = x.to(like.device)
-    return x.to(like.dtype) / 255 if x.dtype == torch.uint8 else x.to(like.dtype)
 
 
 def _labels(parts: list[Tensor]) -> Tensor:
