@@ -12,7 +12,7 @@ from ..checks import check_count, check_integer
 from ..engine.encoding import encode
 from ..learners.base import Learner, one_task_too
 from ..tasks import MetaOutput, TaskBatch, check_tensor
-from .parts import Behind, in_turn, labels_of
+from .parts import Behind, check_second_order, in_turn, labels_of
 
 
 class Hallucination(Learner):
@@ -102,8 +102,10 @@ class Hallucination(Learner):
         """Adapt to every task's support set and what is made of it, and judge the result on its query set.
 
         Raises:
-            TypeError, ValueError: the tasks fit neither the learner nor the generator.
+            TypeError, ValueError: the tasks fit neither the learner nor the generator, or the learner is of first
+                order, which gives the generator no gradient.
         """
+        check_second_order(self.learner)
         output: MetaOutput = self.learner(self._more(TaskBatch.of(tasks)), steps=steps)
         return output
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..learners.base import class_members
+from ..learners.base import Learner, class_members
 from ..tasks import MetaOutput
 
 
@@ -37,6 +37,15 @@ class Behind:
         """Losses and accuracies of the predictions for `x`."""
         judged: MetaOutput = self.adapted.evaluate(self.features(x), y)
         return judged
+
+
+def check_second_order(learner: Learner) -> None:
+    """ValueError where what makes support samples would be trained, and the learner has no gradient for it."""
+    if learner.first_order and torch.is_grad_enabled():
+        raise ValueError(
+            f"learner must be of second order, for what augments learns through the inner loop (got "
+            f"{type(learner).__name__} of first order)"
+        )
 
 
 def in_turn(labels: Tensor, per_class: int) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,8 @@ class AugmentationPolicy(nn.Module):
         loss.backward()
         optimizer.step()
 
+    A learner of first order takes the inner gradients for constants and has none for it: that is an error.
+
     Query samples stay what they are. `print(policy)` shows a table, `policy.transform()` is an ordinary transform, and
     `metaaug_fast.report.plots.plot_policy` draws it. The same `generator` seed gives the same bits on the CPU.
 
@@ -112,8 +114,11 @@ class AugmentationPolicy(nn.Module):
         self.originals = originals
         self.padding = padding
         self.ways = ways
-        self.probability_logit = nn.ParameterDict({name: _logit(value) for name, value in chances.items()})
-        self.strength_logit = nn.ParameterDict({name: _logit(value) for name, value in strengths.items()})
+        self.probability_logit, self.strength_logit = nn.ParameterDict(), nn.ParameterDict()
+        for name, value in chances.items():  # one by one, for a dict's order it does not keep
+            self.probability_logit[name] = _logit(value)
+        for name, value in strengths.items():
+            self.strength_logit[name] = _logit(value)
         self._log_chance: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -134,7 +139,8 @@ class AugmentationPolicy(nn.Module):
     ) -> TaskBatch:
         """The tasks with an augmented support set, `[T, S', ...]`, S' = S * (copies + originals).
 
-        Its targets are probabilities `[T, S', ways]` where a transform mixes, else what they were.
+        Its targets are probabilities `[T, S', ways]` where a transform mixes, which learners that compare features with
+        class means do not take; else what they were.
 
         Args:
             tasks: anything that `TaskBatch.of` takes.

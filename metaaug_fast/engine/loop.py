@@ -128,7 +128,12 @@ def adapt_tasks_mean(
 
 
 def meta_loss(problem: InnerProblem, support: Support, query: Query, backend: str = "auto") -> MetaOutput:
-    """Check both sets, adapt every task to its support set and judge it on its query set."""
+    """Check both sets, adapt every task to its support set and judge it on its query set.
+
+    Raises:
+        ValueError: they do not fit, or support data require a gradient in first order, which gives them none.
+    """
+    _check_reached(problem, support, query)
     executor, problem, support = prepare(problem, support, backend)
     return executor.meta_loss(problem, support, _checked_query(problem, support, query, executor))
 
@@ -171,6 +176,30 @@ def prepare(problem: InnerProblem, support: Support, backend: str) -> tuple[Exec
     if support.rows is not None:
         support = replace(support, rows=sent(support.rows, support.x.device))
     return executor, with_seed(problem) if drops else problem, support
+
+
+def _check_reached(problem: InnerProblem, support: Support, query: Query) -> None:
+    """ValueError where support data want a gradient that the first order leaves out, and nothing would say so.
+
+    Inputs that come, like those of queries, from what lies in front of the model learn from these.
+    """
+    if not problem.first_order or not torch.is_grad_enabled():
+        return
+    wanting = {
+        "support_x": support.x if not _wants(query.x) else None,
+        "support_y": support.y,
+        "sample_weight": support.sample_weight,
+    }
+    for name, value in wanting.items():
+        if _wants(value):
+            raise ValueError(
+                f"{name} must not require a gradient in first order, which takes the inner gradients for constants "
+                "(got one that does): a policy, weights or labels learn in second order, first_order=False"
+            )
+
+
+def _wants(value: object) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def _checked_query(problem: InnerProblem, support: Support, query: Query, executor: Executor) -> Query:

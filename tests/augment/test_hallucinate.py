@@ -160,7 +160,7 @@ def test_pictures_stay_pictures():
     x = torch.rand(2, 5, 3, 16, 16)
     pictures, _ = learner.make(x, y)
     assert pictures.shape == (2, 10, 3, 16, 16)
-    assert 0 <= float(pictures.min()) <= float(pictures.max()) <= 1
+    assert 0 <= pictures.min() <= pictures.max() <= 1
     learner(mf.TaskBatch(x, y, x, y)).loss.backward()
     assert all(float(value.grad.norm()) > 0 for value in made.parameters())
     copied = copy.deepcopy(learner)
@@ -195,3 +195,12 @@ def test_bad_tasks_and_generators():
     learner.generator.layers[-1] = nn.Linear(FEATURES, 7).double()
     with pytest.raises(ValueError, match=r"generator must give samples \[N, 4\] \(got \(18, 7\)\)"):
         learner(batch)
+
+
+def test_a_generator_learns_in_second_order_alone():
+    learner = Hallucination(protonet()[0], generator(), 2, NOISE)
+    learner.learner = mf.MAML(perceptron(), first_order=True)
+    with pytest.raises(ValueError, match=r"learner must be of second order.*\(got MAML of first order\)"):
+        learner(class_tasks(FEATURES))
+    with torch.no_grad():
+        assert learner(class_tasks(FEATURES)).loss.isfinite()

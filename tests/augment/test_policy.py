@@ -290,10 +290,18 @@ def test_a_policy_that_has_been_used_can_be_copied_and_pickled():
     assert_same(policy, pickle.loads(pickle.dumps(policy)))
 
 
+def test_bits_do_not_depend_on_the_number_of_threads():
+    policy, batch = AugmentationPolicy(PICTURES), tasks(1, 16, 16, dtype=torch.float32)
+    drawn = policy.draw(batch.support_x)
+    one = policy(batch, drawn=drawn)
+    torch.set_num_threads(3)
+    assert policy(batch, drawn=drawn) == one
+
+
 def test_its_order_is_that_of_the_names():
     policy = AugmentationPolicy(["translation", "blur", "mixup"], {"mixup": 0.3, "blur": 0.2, "translation": 0.1})
     assert [round(chance, 6) for chance, _ in policy.as_dict().values()] == [0.1, 0.2, 0.3]
-    assert list(policy.as_dict()) == ["translation", "blur", "mixup"]
+    assert list(policy.as_dict()) == list(policy.probability_logit) == ["translation", "blur", "mixup"]
     assert [line.split()[0] for line in str(policy).splitlines()] == ["transform", "translation", "blur", "mixup"]
 
 
@@ -427,3 +435,33 @@ def test_a_score_needs_the_tasks_that_were_augmented():
     policy(tasks(4))
     with pytest.raises(ValueError, match=r"\(got 2, 3\)"):
         policy.loss(output)
+
+
+@pytest.mark.parametrize("backend", ["fused", "fallback"])
+def test_first_order_has_no_gradient_for_a_policy_and_says_so(backend):
+    learner, batch = maml(4, backend=backend), tasks(4)
+    learner.first_order = True
+    with pytest.raises(ValueError, match="support_x must not require a gradient in first order"):
+        learner(AugmentationPolicy(["noise"])(batch))
+    with pytest.raises(ValueError, match="sample_weight must not require a gradient in first order"):
+        learner(batch, sample_weight=mf.augment.LearnedWeights(*batch.support_y.shape)().double())
+    with pytest.raises(ValueError, match="support_y must not require a gradient in first order"):
+        learner(mf.augment.LearnedLabels(batch.support_y).double()(batch))
+    with torch.no_grad():
+        assert learner(AugmentationPolicy(["noise"])(batch)).loss.isfinite()
+    scored, pictures = AugmentationPolicy(["horizontal_flip"], choices="score"), maml(1, 8, 8, backend=backend)
+    pictures.first_order = True
+    scored.loss(pictures(scored(tasks(1, 8, 8)))).backward()
+    assert scored.probability_logit["horizontal_flip"].grad != 0
+
+
+def test_in_first_order_what_lies_in_front_of_support_and_queries_learns_from_these():
+    learner, batch, body = maml(4), tasks(4), nn.Linear(4, 4).double()
+    learner.first_order = True
+    learner(mf.TaskBatch(body(batch.support_x), batch.support_y, body(batch.query_x), batch.query_y)).loss.backward()
+    own = body.weight.grad.clone()
+    body.zero_grad()
+    learner(
+        mf.TaskBatch(body(batch.support_x).detach(), *batch.tensors[1:2], body(batch.query_x), batch.query_y)
+    ).loss.backward()
+    assert own.equal(body.weight.grad)
