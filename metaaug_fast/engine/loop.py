@@ -179,27 +179,28 @@ def prepare(problem: InnerProblem, support: Support, backend: str) -> tuple[Exec
 
 
 def _check_reached(problem: InnerProblem, support: Support, query: Query) -> None:
-    """ValueError where support data want a gradient that the first order leaves out, and nothing would say so.
+    """ValueError where support data were made by what would learn, and the first order leaves its gradient out.
 
-    Inputs that come, like those of queries, from what lies in front of the model learn from these.
+    Where queries were made, too, what lies in front of the model learns from these. Of a leaf the caller sees that its
+    gradient is 0.
     """
     if not problem.first_order or not torch.is_grad_enabled():
         return
     wanting = {
-        "support_x": support.x if not _wants(query.x) else None,
+        "support_x": support.x if not _was_made(query.x) else None,
         "support_y": support.y,
         "sample_weight": support.sample_weight,
     }
     for name, value in wanting.items():
-        if _wants(value):
+        if _was_made(value):
             raise ValueError(
                 f"{name} must not require a gradient in first order, which takes the inner gradients for constants "
                 "(got one that does): a policy, weights or labels learn in second order, first_order=False"
             )
 
 
-def _wants(value: object) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
+def _was_made(value: object) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad and not value.is_leaf
 
 
 def _checked_query(problem: InnerProblem, support: Support, query: Query, executor: Executor) -> Query:
