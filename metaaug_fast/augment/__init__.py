@@ -1,6 +1,7 @@
 """Learned augmentation: of what tasks adapt on, for how well they then do on real queries."""
 
 from .distil import DistilledSet, distil, random_starts
+from .generate import FlowTasks, Generator
 from .hallucinate import Hallucination, PictureGenerator, VectorGenerator
 from .learned import LearnedLabels, LearnedWeights
 from .policy import AugmentationPolicy, PolicyTransform, support_network
@@ -13,6 +14,8 @@ __all__ = [
     "AugmentationPolicy",
     "DistilledSet",
     "Drawn",
+    "FlowTasks",
+    "Generator",
     "Hallucination",
     "LearnedLabels",
     "LearnedWeights",

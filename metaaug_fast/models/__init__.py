@@ -13,6 +13,7 @@ from .deep_averaging import MeanEmbedding, deep_averaging
 from .minilm import SentenceEncoder, minilm
 from .mlp import mlp, omniglot_mlp, perceptron
 from .resnet12 import ResidualBlock, resnet12
+from .velocity_net import velocity_net
 
 MODELS = {
     "mlp": perceptron,
@@ -22,6 +23,7 @@ MODELS = {
     "resnet12": resnet12,
     "deep_averaging": deep_averaging,
     "minilm": minilm,
+    "velocity_net": velocity_net,
 }
 """The names by which a run knows them."""
 
@@ -37,4 +39,5 @@ __all__ = [
     "perceptron",
     "resnet12",
     "strided_conv4",
+    "velocity_net",
 ]
