@@ -15,7 +15,7 @@ from ..checks import check_count, check_number
 from ..learners.base import class_members
 from ..learners.gradient import GradientLearner
 from ..models.velocity_net import velocity_net
-from ..tasks import TaskBatch, check_tensor
+from ..tasks import TaskBatch, check_tensor, class_ids
 
 
 class FlowTasks:
@@ -107,9 +107,8 @@ class FlowTasks:
 
     def inputs(self, x: Tensor, time: Tensor, beside: Tensor) -> Tensor:
         """What the network sees of x_t `[T, N, C, H, W]` at `time` `[T, N]`, `[T, N, planes, H / patch, W / patch]`."""
-        seen = self.planes(x)
-        plane = time[..., None, None, None].expand(*seen.shape[:2], 1, *seen.shape[3:])
-        return torch.cat([seen, plane, self.planes(beside)], 2)
+        seen = self.planes(torch.cat([x, beside], 2))
+        return torch.cat([seen, time[..., None, None, None].expand(*seen.shape[:2], 1, *seen.shape[3:])], 2)
 
     def planes(self, x: Tensor) -> Tensor:
         """Pixels as planes, `[T, N, C * patch^2, H / patch, W / patch]`.
@@ -232,6 +231,8 @@ class Generator:
             raise ValueError(
                 f"x and y must be pictures [S, C, H, W] and class ids [S] (got {tuple(x.shape)}, {tuple(y.shape)})"
             )
+        check_count("per_class", per_class, low=1)
+        y = class_ids(y)
         counts = class_members(y.unsqueeze(0), torch.int64)[0].sum(0)
         made = x.new_empty(len(counts), per_class, *x.shape[1:])
         for count in counts.unique().tolist():  # those of as many pictures together

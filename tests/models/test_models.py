@@ -141,3 +141,29 @@ def test_initial_weights_of_the_papers():
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_velocity_net_gives_planes_of_the_same_size_and_features_without_a_head():
+    net = models.velocity_net(3, (4, 6, 8), hidden=12, blocks=3)
+    x = torch.randn(5, 4, 6, 8)
+    assert net(x).shape == (5, 3, 6, 8)
+    torch.testing.assert_close(net(x)[:1], net(x[:1]))  # samples stay apart
+    assert [block.conv1.dilation for block in net.blocks] == [(1, 1), (2, 2), (1, 1)]
+    graph = lower(net, (4, 6, 8))
+    assert {name for op in graph.ops for name in op.params if name} == dict(net.named_parameters()).keys()
+    assert models.velocity_net(None, (4, 6, 8), hidden=12)(x).shape == (5, 12)
+    assert not torch.allclose(net(x), net(x + torch.tensor([0, 0, 0, 1.0])[:, None, None]))  # another time
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"ways": 0}, r"ways must be >= 1 \(got 0\)"),
+        ({"sample_shape": (2, 28)}, r"sample_shape must be \(channels, height, width\) \(got \(2, 28\)\)"),
+        ({"hidden": 0}, r"hidden must be >= 1 \(got 0\)"),
+        ({"blocks": 0}, r"blocks must be >= 1 \(got 0\)"),
+    ],
+)
+def test_arguments_of_velocity_net(given, message):
+    with pytest.raises(ValueError, match=message):
+        models.velocity_net(**given)
