@@ -5,6 +5,7 @@ from .generate import FlowTasks, Generator
 from .hallucinate import Hallucination, PictureGenerator, VectorGenerator
 from .learned import LearnedLabels, LearnedWeights
 from .policy import AugmentationPolicy, PolicyTransform, support_network
+from .retrieve import Found, Retrieval
 from .transforms import PICTURES, TRANSFORMS, VECTORS, Drawn, Transform
 
 __all__ = [
@@ -15,12 +16,14 @@ __all__ = [
     "DistilledSet",
     "Drawn",
     "FlowTasks",
+    "Found",
     "Generator",
     "Hallucination",
     "LearnedLabels",
     "LearnedWeights",
     "PictureGenerator",
     "PolicyTransform",
+    "Retrieval",
     "Transform",
     "VectorGenerator",
     "distil",

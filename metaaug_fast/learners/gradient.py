@@ -102,11 +102,16 @@ class GradientLearner(Learner):
         return given
 
     def specification(
-        self, tasks: TaskBatch, *, first_order: bool, step_weights: Tensor | None = None
+        self,
+        tasks: TaskBatch,
+        *,
+        first_order: bool,
+        step_weights: Tensor | None = None,
+        sample_weight: Tensor | None = None,
     ) -> MetaOutput | None:
         """What `forward` computes, by `reference.meta_loss`."""
         problem = self.problem()
-        support = self._support(problem, Support(tasks.support_x, tasks.support_y))
+        support = self._support(problem, Support(tasks.support_x, tasks.support_y, sample_weight))
         problem = replace(with_seed(problem), first_order=first_order)
         return reference.meta_loss(problem, support, Query(tasks.query_x, tasks.query_y, step_weights))
 

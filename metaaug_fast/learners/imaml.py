@@ -147,7 +147,14 @@ class IMAML(GradientLearner):
             for weights in proximal_steps(proximal, support, self.backend)
         ]
 
-    def specification(self, tasks: TaskBatch, *, first_order: bool, step_weights: Tensor | None = None) -> None:
+    def specification(
+        self,
+        tasks: TaskBatch,
+        *,
+        first_order: bool,
+        step_weights: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+    ) -> None:
         """None: there is no unrolled loop to compare with, but the slope of the meta-loss."""
 
     def _proximal(self, steps: int | None = None) -> Proximal:

@@ -151,12 +151,19 @@ class MAMLpp(UnrolledLearner):
         return out
 
     def specification(
-        self, tasks: TaskBatch, *, first_order: bool, step_weights: Tensor | None = None
+        self,
+        tasks: TaskBatch,
+        *,
+        first_order: bool,
+        step_weights: Tensor | None = None,
+        sample_weight: Tensor | None = None,
     ) -> MetaOutput | None:
         """What `forward` computes, by `reference.meta_loss`."""
         if step_weights is None and self.training:
             step_weights = self.step_weights(self.epoch)
-        return super().specification(tasks, first_order=first_order, step_weights=step_weights)
+        return super().specification(
+            tasks, first_order=first_order, step_weights=step_weights, sample_weight=sample_weight
+        )
 
     def get_extra_state(self) -> int:
         """Meta-steps done."""

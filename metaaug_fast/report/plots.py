@@ -82,19 +82,21 @@ def plot_episode(tasks: TaskBatch, predictions: Tensor, path: str | Path, task: 
     _write(figure, path)
 
 
-def plot_samples(samples: Mapping[str, Tensor], path: str | Path) -> None:
+def plot_samples(samples: Mapping[str, Tensor], path: str | Path, numbers: Mapping[str, Tensor] | None = None) -> None:
     """A sheet of pictures: in each class's row a block of columns for each kind, real beside generated, say.
 
     Args:
         samples: of each kind, by its name: `[classes, N, C, H, W]`, with one or three channels; N may differ.
         path: where to write; the suffix names the format.
+        numbers: what to write under each picture of some kinds, `[classes, N]`: how much it is worth, say.
 
     Raises:
-        ValueError: they are no such pictures, or of different numbers of classes.
+        ValueError: they are no such pictures, or of different numbers of classes, or the numbers are not theirs.
 
     >>> import tempfile, torch
     >>> path = Path(tempfile.mkdtemp()) / "samples.png"
-    >>> plot_samples({"real": torch.rand(3, 4, 1, 28, 28), "learned": torch.rand(3, 1, 1, 28, 28)}, path)
+    >>> real, learned = torch.rand(3, 4, 1, 28, 28), torch.rand(3, 1, 1, 28, 28)
+    >>> plot_samples({"real": real, "learned": learned}, path, {"learned": torch.rand(3, 1)})
     >>> path.stat().st_size > 1000
     True
     """
@@ -104,12 +106,19 @@ def plot_samples(samples: Mapping[str, Tensor], path: str | Path) -> None:
     }
     if len(classes) != 1 or any(len(shape) != 5 or shape[2] not in (1, 3) for shape in shapes.values()):
         raise ValueError(f"samples must be pictures [classes, N, C, H, W] of the same classes (got {shapes})")
+    numbers = {} if numbers is None else numbers
+    for name, values in numbers.items():
+        if values.shape != shapes.get(name, ())[:2]:
+            raise ValueError(
+                f"numbers must be [classes, N] of a kind of samples (got {name!r} {tuple(values.shape)}, {shapes})"
+            )
     (rows,), columns = classes, [shape[1] for shape in shapes.values()]
     widths = [width for count in columns for width in [*[1.0] * count, 0.35]][:-1]
-    figure = Figure(figsize=(0.6 * sum(widths) + 0.2, 0.6 * rows + 0.5), dpi=150, facecolor="white")
+    height, gap = (0.8, 0.42) if numbers else (0.6, 0.08)
+    figure = Figure(figsize=(0.6 * sum(widths) + 0.2, height * rows + 0.5), dpi=150, facecolor="white")
     grid = figure.add_gridspec(
-        rows, len(widths), width_ratios=widths, hspace=0.08, wspace=0.08, left=0.02, right=0.98, bottom=0.02,
-        top=1 - 0.4 / figure.get_figheight(),
+        rows, len(widths), width_ratios=widths, hspace=gap, wspace=0.08, left=0.02, right=0.98,
+        bottom=(0.2 if numbers else 0.02) / figure.get_figheight(), top=1 - 0.4 / figure.get_figheight(),
     )  # fmt: skip
     first = 0
     for (name, pictures), count in zip(samples.items(), columns, strict=True):
@@ -118,6 +127,8 @@ def plot_samples(samples: Mapping[str, Tensor], path: str | Path) -> None:
                 axes = _image_axes(figure, grid[row, first + column], image, GRID)
                 if row == column == 0:
                     axes.set_title(name, loc="left", fontsize=9, color=INK, pad=5)
+                if name in numbers:
+                    axes.set_xlabel(f"{float(numbers[name][row, column]):.2f}", fontsize=7, color=MUTED, labelpad=2)
         first += count + 1
     _write(figure, path)
 

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -111,6 +112,18 @@ def test_a_sheet_of_samples_has_a_block_for_each_kind(tmp_path):
     columns = [each.any(0).nonzero()[:, 0] for each in (red, blue)]
     assert columns[0].max() < columns[1].min()
     assert 1.2 < red.sum() / blue.sum() < 1.8  # three pictures a class, and two
+
+
+def test_a_number_stands_under_each_picture_of_its_kind(tmp_path):
+    samples = {"own": torch.ones(2, 1, 1, 8, 8), "found": torch.ones(2, 2, 1, 8, 8)}
+    texts = []
+    for numbers in (None, {"found": torch.tensor([[0.25, 0.5], [0.75, 1.0]])}):
+        plots.plot_samples(samples, tmp_path / "samples.svg", numbers)
+        texts.append(re.findall(r"<!-- (.*?) -->", (tmp_path / "samples.svg").read_text()))
+    assert texts == [["own", "found"], ["own", "0.25", "found", "0.50", "0.75", "1.00"]]
+    for wrong in ({"found": torch.zeros(2, 1)}, {"other": torch.zeros(2, 2)}):
+        with pytest.raises(ValueError, match=r"numbers must be \[classes, N\] of a kind of samples \(got"):
+            plots.plot_samples(samples, tmp_path / "x.svg", wrong)
 
 
 @pytest.mark.parametrize(
