@@ -59,7 +59,7 @@ def routes(hidden: int) -> dict[str, Callable[[], Route]]:
 
     return {
         "MAML": lambda: Route(
-            plain, mf.MAML(network(plain), 0.05, 3, loss="mse", learn_inner_lr=True), 4, 1e-3, warm_up=True
+            plain, mf.MAML(network(plain), 0.01, 3, loss="mse", learn_inner_lr=True), 4, 1e-3, warm_up=True
         ),
         "Reptile": lambda: Route(
             plain, mf.Reptile(network(plain), 1e-3, 10, loss="mse", inner_batch=20), 4, 0.5, inner_steps=60
