@@ -3,6 +3,7 @@
 from .draws import Draws
 from .episodes import Episodes, Loader
 from .fixed import load_tasks, save_tasks
+from .fixed_labels import FixedLabels
 from .readers import (
     Cifar10,
     Cifar100,
@@ -35,6 +36,7 @@ __all__ = [
     "EpisodeSpec",
     "Episodes",
     "FashionMnist",
+    "FixedLabels",
     "Folder",
     "Glyphs",
     "Idx",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -299,8 +299,10 @@ class ClassSamples:
             self.styles,
         )
 
-    def sampler(self, spec: EpisodeSpec) -> Sampler:
+    def sampler(self, spec: EpisodeSpec, classes: Callable[[Draws], np.ndarray] | None = None) -> Sampler:
         """Draw episodes by `spec`: classes, then (with `split_styles`) styles of the support set, then samples.
+
+        `classes` draws these otherwise: from the draws of T tasks to int64 `[T, ways]`, in the order of their labels.
 
         A task's stream (see `draws.py`) is consumed as: `distinct(classes, ways)`; without `split_styles`
         `distinct(samples of the class, shots + queries)` for every class, support first; with it, `distinct(divisions,
@@ -314,20 +316,20 @@ class ClassSamples:
             raise ValueError(f"ways must be at most the data set's {len(self)} classes (got {spec.ways})")
         self._check_sizes(spec)
         divisions = self._divisions(spec) if spec.split_styles else None
-        if divisions is None and self.samples.is_cuda and _C.cuda and not self.ids:
+        if divisions is None and classes is None and self.samples.is_cuda and _C.cuda and not self.ids:
             return self._device_sampler(spec)
         labels = torch.arange(spec.ways, device=self.samples.device)
         support_y, query_y = labels.repeat_interleave(spec.shots), labels.repeat_interleave(spec.queries)
 
         def rows(draws: Draws) -> tuple[np.ndarray, np.ndarray]:
-            classes = draws.distinct(len(self), spec.ways)
+            chosen = draws.distinct(len(self), spec.ways) if classes is None else classes(draws)
             if divisions is None:
-                rows = draws.distinct(self._sizes[classes], spec.shots + spec.queries)
-                rows += self.first[classes][..., None]
+                rows = draws.distinct(self._sizes[chosen], spec.shots + spec.queries)
+                rows += self.first[chosen][..., None]
                 return rows[..., : spec.shots], rows[..., spec.shots :]
             on_support = divisions[draws.distinct(len(divisions), 1)]
-            support = self._rows(draws, classes, on_support, spec.shots)
-            return support, self._rows(draws, classes, ~on_support, spec.queries)
+            support = self._rows(draws, chosen, on_support, spec.shots)
+            return support, self._rows(draws, chosen, ~on_support, spec.queries)
 
         def sample(draws: Draws) -> TaskBatch:
             support, query = rows(draws)
