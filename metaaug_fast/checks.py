@@ -18,6 +18,13 @@ def check_number(name: str, value: object, low: float = 0) -> None:
         raise ValueError(f"{name} must be finite (got {value})")
 
 
+def check_probability(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a number, and ValueError unless it is in 0..1."""
+    check_number(name, value)
+    if isinstance(value, (int, float)) and value > 1:
+        raise ValueError(f"{name} must be in 0..1 (got {value})")
+
+
 def check_integer(name: str, value: object, low: int | None = None) -> None:
     """Raise TypeError unless `value` is an integer, and ValueError unless it is >= `low`."""
     if isinstance(value, bool) or not isinstance(value, int):

@@ -1,11 +1,21 @@
-"""Learned augmentation: of what tasks adapt on, for how well they then do on real queries."""
+"""Augmentation: learned, of what tasks adapt on, for how well they then do on real queries; and of whole tasks."""
 
 from .distil import DistilledSet, distil, random_starts
 from .generate import FlowTasks, Generator
 from .hallucinate import Hallucination, PictureGenerator, VectorGenerator
 from .learned import LearnedLabels, LearnedWeights
+from .maxup import MaxUp
 from .policy import AugmentationPolicy, PolicyTransform, support_network
 from .retrieve import Found, Retrieval
+from .tasks import (
+    Compose,
+    InterpolateTasks,
+    MoreShots,
+    OnQueries,
+    OnSupport,
+    QuarterTurns,
+    ShuffleLabels,
+)
 from .transforms import PICTURES, TRANSFORMS, VECTORS, Drawn, Transform
 
 __all__ = [
@@ -13,17 +23,25 @@ __all__ = [
     "TRANSFORMS",
     "VECTORS",
     "AugmentationPolicy",
+    "Compose",
     "DistilledSet",
     "Drawn",
     "FlowTasks",
     "Found",
     "Generator",
     "Hallucination",
+    "InterpolateTasks",
     "LearnedLabels",
     "LearnedWeights",
+    "MaxUp",
+    "MoreShots",
+    "OnQueries",
+    "OnSupport",
     "PictureGenerator",
     "PolicyTransform",
     "Retrieval",
+    "QuarterTurns",
+    "ShuffleLabels",
     "Transform",
     "VectorGenerator",
     "distil",

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from ..checks import check_choice, check_count, check_flag, check_number
+from ..checks import check_choice, check_count, check_flag, check_number, check_probability
 from ..tasks import MetaOutput, TaskBatch, check_samples, check_tensor, class_ids
 from .targets import count_ways
 from .transforms import PADDINGS, Drawn, Transform, check_samples_of, find, transformed
@@ -434,11 +434,9 @@ def _by_name(name: str, value: float | Mapping[str, float], names: list[str]) ->
         found = {each: value[each] for each in names}
     else:
         found = dict.fromkeys(names, value)
-        check_number(name, value)
+        check_probability(name, value)
     for each in found.values():
-        check_number(name, each)
-        if each > 1:
-            raise ValueError(f"{name} must be in 0..1 (got {each})")
+        check_probability(name, each)
     return found
 
 

@@ -94,7 +94,7 @@ class Episodes(IterableDataset):
         check_integer("index", index, low=0)
         draws = Draws(self.seed, index, self.tasks, self.first)
         tasks = self._sample(draws)
-        return tasks if self.transform is None else _transformed(self.transform, tasks, draws.key)
+        return tasks if self.transform is None else transformed(self.transform, tasks, draws.key)
 
     def shard(self, rank: int, shards: int) -> Episodes:
         """The share of process `rank` of `shards`, which together draw just these batches.
@@ -150,7 +150,7 @@ class Episodes(IterableDataset):
         self.seed, self.position = state["seed"], state["position"]
 
 
-def _transformed(transform: Callable[[TaskBatch], Any], tasks: TaskBatch, key: int) -> TaskBatch:
+def transformed(transform: Callable[[TaskBatch], Any], tasks: TaskBatch, key: int) -> TaskBatch:
     """What `transform` makes of the tasks, as with torch's seed `key`."""
     device = tasks.support_x.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

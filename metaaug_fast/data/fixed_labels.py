@@ -2,7 +2,7 @@
 
 Yin, Tucker, Zhou, Levine, Finn 2020 (arXiv 1912.03820) call such tasks not mutually exclusive: one function is right
 for all of them. Rajendran, Irpan, Jang 2020 (arXiv 2007.05549) make them of known data sets and undo it again by
-augmentation: see `augment.ShuffleLabels` and `augment.ShuffleClasses`.
+augmentation: see `augment.ShuffleLabels`.
 """
 
 from __future__ import annotations
