@@ -1,9 +1,9 @@
 """MAML with samples from outside beside MAML alone: `benchmarks/retrieval.py DIR_OMNIGLOT DIR_CLINC --threads 1`.
 
 Characters of Omniglot with Glyphs as the pool, and intents of CLINC150 with unlabelled sentences; a quarter of an hour
-on a core. Both learners of a row start as one and take as many meta-steps; both are judged on the same episodes of classes
-that no training has seen, and the difference is a mean over these. Markdown is printed, sheets of what was found are
-kept in `--out`.
+on a core. Both learners of a row start as one and take as many meta-steps; both are judged on the same episodes of
+classes that no training has seen, and the difference is a mean over these. Markdown is printed, sheets of what was
+found are kept in `--out`.
 """
 
 from __future__ import annotations
