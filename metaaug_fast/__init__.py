@@ -9,6 +9,7 @@
 from importlib.metadata import version
 
 from . import augment, data, learners, models, runs
+from .augment import generate_augmented_data
 from .engine import reference
 from .engine.fast_weights import FastWeights
 from .engine.loop import inner_loop
@@ -40,6 +41,7 @@ from .learners import (
     ProtoNet,
     Reptile,
 )
+from .learners.supervised import classifier_accuracy, train_classifier
 from .runs.evaluation import Evaluation, evaluate
 from .runs.history import History
 from .runs.load import load
@@ -80,9 +82,11 @@ __all__ = [
     "augment",
     "check_gradients",
     "check_learner",
+    "classifier_accuracy",
     "data",
     "evaluate",
     "explain",
+    "generate_augmented_data",
     "inner_loop",
     "learners",
     "load",
@@ -90,4 +94,5 @@ __all__ = [
     "reference",
     "runs",
     "train",
+    "train_classifier",
 ]

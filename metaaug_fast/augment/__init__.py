@@ -1,6 +1,7 @@
 """Augmentation: learned, of what tasks adapt on, for how well they then do on real queries; and of whole tasks."""
 
 from .distil import DistilledSet, distil, random_starts
+from .enlarge import Augmenter, generate_augmented_data
 from .generate import FlowTasks, Generator
 from .hallucinate import Hallucination, PictureGenerator, VectorGenerator
 from .learned import LearnedLabels, LearnedWeights
@@ -23,6 +24,7 @@ __all__ = [
     "TRANSFORMS",
     "VECTORS",
     "AugmentationPolicy",
+    "Augmenter",
     "Compose",
     "DistilledSet",
     "Drawn",
@@ -45,6 +47,7 @@ __all__ = [
     "Transform",
     "VectorGenerator",
     "distil",
+    "generate_augmented_data",
     "random_starts",
     "support_network",
 ]

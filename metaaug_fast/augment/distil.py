@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -82,9 +83,10 @@ class DistilledSet(nn.Module):
         support = Support(self.x.expand(count, *self.x.shape), self.y.expand(count, -1), initial=starts)
         return meta_loss(problem, support, Query(x.expand(count, *x.shape), y.expand(count, -1)))
 
-    def data(self) -> ClassSamples:
-        """The samples as a data set, without their gradient."""
-        return ClassSamples.from_arrays(self.x.detach().float().cpu(), self.y.cpu())
+    def data(self, names: Sequence[str] | None = None) -> ClassSamples:
+        """The samples as a data set, without their gradient; its classes by the names of the real ones, if given."""
+        x, y = self.x.detach().float().cpu(), self.y.cpu()
+        return ClassSamples.from_arrays(x, y if names is None else [names[index] for index in y.tolist()])
 
 
 def random_starts(model: nn.Module, count: int, seed: int = 0) -> Tensor:

@@ -15,7 +15,11 @@ from ..checks import check_count, check_number
 from ..learners.base import class_members
 from ..learners.gradient import GradientLearner
 from ..models.velocity_net import velocity_net
-from ..tasks import TaskBatch, check_tensor, class_ids
+from ..tasks import TaskBatch, check_tensor
+from .parts import checked_few
+
+_TOGETHER = 32
+"""Classes of which pictures are drawn at a time."""
 
 
 class FlowTasks:
@@ -225,27 +229,21 @@ class Generator:
         Raises:
             TypeError, ValueError: as `draw`, or the labels are no class ids, or a class has no picture.
         """
-        for name, value in (("x", x), ("y", y)):
-            check_tensor(name, value)
-        if x.ndim != 4 or y.shape != x.shape[:1]:
-            raise ValueError(
-                f"x and y must be pictures [S, C, H, W] and class ids [S] (got {tuple(x.shape)}, {tuple(y.shape)})"
-            )
-        check_count("per_class", per_class, low=1)
-        y = class_ids(y)
+        y = checked_few(x, y, per_class, generator)
+        _check_pictures("x", x, "S, C, H, W")
         counts = class_members(y.unsqueeze(0), torch.int64)[0].sum(0)
         made = x.new_empty(len(counts), per_class, *x.shape[1:])
         for count in counts.unique().tolist():  # those of as many pictures together
-            classes = (counts == count).nonzero()[:, 0]
-            rows = (y == classes.unsqueeze(1)).nonzero()[:, 1].view(len(classes), count)
-            made[classes] = self.draw(x[rows], per_class, generator)
+            for classes in (counts == count).nonzero()[:, 0].split(_TOGETHER):
+                rows = (y == classes.unsqueeze(1)).nonzero()[:, 1].view(len(classes), count)
+                made[classes] = self.draw(x[rows], per_class, generator)
         return made.flatten(0, 1), torch.arange(len(counts), device=y.device).repeat_interleave(per_class)
 
 
-def _check_pictures(name: str, x: Tensor) -> None:
-    """Raise ValueError unless `x` is pictures `[T, N, C, H, W]` in 0..1."""
-    if x.ndim != 5 or not x.numel():
-        raise ValueError(f"{name} must be pictures [T, N, C, H, W] (got shape {tuple(x.shape)})")
+def _check_pictures(name: str, x: Tensor, dimensions: str = "T, N, C, H, W") -> None:
+    """Raise ValueError unless `x` is pictures of such dimensions in 0..1."""
+    if x.ndim != len(dimensions.split(",")) or not x.numel():
+        raise ValueError(f"{name} must be pictures [{dimensions}] (got shape {tuple(x.shape)})")
     if not x.is_floating_point():
         raise ValueError(f"{name} must be floating point pictures in 0..1 (got {x.dtype}; pictures: x.float() / 255)")
     low, high = (float(value) for value in torch.aminmax(x))

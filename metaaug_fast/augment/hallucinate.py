@@ -12,7 +12,7 @@ from ..checks import check_count, check_integer
 from ..engine.encoding import encode
 from ..learners.base import Learner, one_task_too
 from ..tasks import MetaOutput, TaskBatch, check_tensor
-from .parts import Behind, check_second_order, in_turn, labels_of
+from .parts import Behind, check_second_order, checked_few, in_turn, labels_of
 
 
 class Hallucination(Learner):
@@ -123,7 +123,38 @@ class Hallucination(Learner):
         """
         check_tensor("support_x", support_x)
         check_tensor("support_y", support_y)
-        return self._made(self._seen(support_x), support_y)
+        return self._made(self._seen(support_x), support_y, self._drawn(support_x, support_y))
+
+    @torch.no_grad()
+    def more(
+        self, x: Tensor, y: Tensor, per_class: int, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """New samples of one task, made of its own with z from `generator`.
+
+        Args:
+            x: `[S, ...]`.
+            y: class ids `[S]`.
+            per_class: so many of each class.
+            generator: None: torch's own.
+
+        Returns:
+            `[ways * per_class, ...]` and their class ids, class after class.
+
+        Raises:
+            TypeError, ValueError: the samples are none such, or what is made are features behind a body.
+
+        >>> import metaaug_fast as mf
+        >>> learner = Hallucination(mf.ProtoNet(torch.nn.Identity()), VectorGenerator(4, noise=8), noise=8)
+        >>> x, y = learner.more(torch.rand(3, 4), torch.tensor([0, 0, 1]), per_class=2)
+        >>> x.shape, y.tolist()
+        (torch.Size([4, 4]), [0, 0, 1, 1])
+        """
+        if self.body is not None:
+            raise ValueError("body must be None for more samples (got one, behind which features are made)")
+        y = checked_few(x, y, per_class, generator)
+        z = x.new_empty(int(y.max()) + 1, per_class, self.noise).normal_(generator=generator)
+        made, labels = self._made(x[None], y[None], z.flatten(0, 1)[None])
+        return made[0], labels[0]
 
     def specification(
         self, tasks: TaskBatch, *, first_order: bool, step_weights: Tensor | None = None
@@ -138,14 +169,19 @@ class Hallucination(Learner):
         return TaskBatch(*self._with_made(support, tasks.support_y), query, tasks.query_y)
 
     def _with_made(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        more_x, more_y = self._made(x, y)
+        more_x, more_y = self._made(x, y, self._drawn(x, y))
         return torch.cat([x, more_x], 1), torch.cat([y, more_y], 1)
 
-    def _made(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        rows, rounds = in_turn(y, self.per_class)
-        labels = labels_of(int(y.max()) + 1, self.per_class, y)
+    def _drawn(self, x: Tensor, y: Tensor) -> Tensor:
+        """z for what is made in training, or in evaluation, `[T, ways * per_class, noise]`."""
+        rounds = in_turn(y, self.per_class)[1]
+        return x.new_empty(*rounds.shape, self.noise).normal_() if self.training else self.turns.to(x)[rounds]
+
+    def _made(self, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Samples made of `x` with z, and their class ids, `[T, ways * per_class, ...]`."""
+        per_class = z.shape[1] // (int(y.max()) + 1)
+        rows, labels = in_turn(y, per_class)[0], labels_of(int(y.max()) + 1, per_class, y)
         seeds = x[torch.arange(len(x), device=x.device).unsqueeze(1), rows]
-        z = x.new_empty(*rows.shape, self.noise).normal_() if self.training else self.turns.to(x)[rounds]
         made = self.generator(seeds.flatten(0, 1), z.flatten(0, 1))
         if made.shape != (labels.numel(), *x.shape[2:]):
             raise ValueError(

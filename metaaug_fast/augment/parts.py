@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
+from ..checks import check_count
 from ..learners.base import Learner, class_members
-from ..tasks import MetaOutput
+from ..tasks import MetaOutput, check_samples, check_tensor, class_ids
 
 
 class Behind:
@@ -46,6 +47,24 @@ def check_second_order(learner: Learner) -> None:
             f"learner must be of second order, for what augments learns through the inner loop (got "
             f"{type(learner).__name__} of first order)"
         )
+
+
+def checked_few(x: Tensor, y: Tensor, per_class: int, generator: Generator | None) -> Tensor:
+    """The class ids of one task's few, for so many more of each.
+
+    Raises:
+        TypeError, ValueError: they are no samples `[S, ...]` and class ids of which each has a sample, or an argument
+            is of the wrong kind.
+    """
+    check_tensor("x", x)
+    check_tensor("y", y)
+    check_samples("", x[None], y[None])
+    check_count("per_class", per_class, low=1)
+    if generator is not None and not isinstance(generator, Generator):
+        raise TypeError(f"generator must be a torch.Generator or None (got {generator!r})")
+    y = class_ids(y)
+    class_members(y[None], torch.int64)
+    return y
 
 
 def in_turn(labels: Tensor, per_class: int) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 
 from ..checks import check_choice, check_count, check_flag, check_number, check_probability
 from ..tasks import MetaOutput, TaskBatch, check_samples, check_tensor, class_ids
+from .parts import checked_few, in_turn, labels_of
 from .targets import count_ways
 from .transforms import PADDINGS, Drawn, Transform, check_samples_of, find, transformed
 
@@ -280,6 +281,38 @@ class AugmentationPolicy(nn.Module):
                     logits[name].copy_(value.squeeze())
         fixed.network, fixed.copies, fixed.originals = None, 1, False
         return PolicyTransform(fixed.requires_grad_(False).eval(), batched)
+
+    @torch.no_grad()
+    def more(self, x: Tensor, y: Tensor, per_class: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+        """New samples of one task: its own in turn, each transformed anew by what was learned.
+
+        Args:
+            x: `[S, ...]`.
+            y: class ids `[S]`.
+            per_class: so many of each class.
+            generator: see `forward`.
+
+        Returns:
+            `[ways * per_class, ...]` and their class ids, class after class.
+
+        Raises:
+            TypeError, ValueError: the samples are none such, or the policy mixes, which leaves no class ids.
+
+        >>> import torch, metaaug_fast as mf
+        >>> policy = mf.augment.AugmentationPolicy(["noise"])
+        >>> x, y = policy.more(torch.rand(3, 4), torch.tensor([0, 0, 1]), per_class=2)
+        >>> x.shape, y.tolist()
+        (torch.Size([4, 4]), [0, 0, 1, 1])
+        """
+        y = checked_few(x, y, per_class, generator)
+        if self.mixes:
+            raise ValueError(
+                f"transforms must not mix samples where each stays one of its class (got {', '.join(self.mixes)})"
+            )
+        fixed = self.transform(None if self.network is None else x).policy
+        labels = labels_of(int(y.max()) + 1, per_class, y[None])
+        made, _ = fixed.augment(x[in_turn(y[None], per_class)[0]], labels, generator=generator)
+        return made[0], labels[0]
 
     def _augmented(
         self,

@@ -17,7 +17,7 @@ from ..learners.base import Learner, class_means, class_members, one_task_too
 from ..learners.supervised import inputs, labelled
 from ..learners.unrolled import UnrolledLearner
 from ..tasks import MetaOutput, TaskBatch, check_samples, check_tensor, class_ids
-from .parts import Behind, labels_of
+from .parts import Behind, checked_few, labels_of
 
 JOINS = ("samples", "mixed", "features")
 
@@ -204,13 +204,7 @@ class Retrieval(Learner):
         """
         if self.join == "features":
             raise ValueError("join must be 'samples' or 'mixed' for more samples (got 'features')")
-        check_count("per_class", per_class)
-        if generator is not None and not isinstance(generator, Generator):
-            raise TypeError(f"generator must be a torch.Generator or None (got {generator!r})")
-        check_tensor("x", x)
-        check_tensor("y", y)
-        check_samples("", x[None], y[None])
-        many_x, many_y = x[None], class_ids(y)[None]
+        many_x, many_y = x[None], checked_few(x, y, per_class, generator)[None]
         features = self._checked(many_x)
         found = self._found(features, many_y, min(per_class, len(self.pool)))
         taken = found.worth[0].bernoulli(generator=generator) > 0

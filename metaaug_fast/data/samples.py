@@ -134,6 +134,20 @@ class ClassSamples:
         )
 
     @classmethod
+    def from_classes(cls, classes: Mapping[str, Tensor]) -> ClassSamples:
+        """Samples `[n, ...]` of each class, by its name; all of one shape and dtype.
+
+        Raises:
+            ValueError: there is no class, or they differ in shape, dtype or device.
+
+        >>> ClassSamples.from_classes({"circle": torch.rand(3, 1, 8, 8), "star": torch.rand(5, 1, 8, 8)})
+        ClassSamples(2 classes, 3 to 5 samples each of shape (1, 8, 8))
+        """
+        _check_alike([*classes.values()])
+        sizes = np.array([len(each) for each in classes.values()])
+        return ClassSamples(torch.cat([*classes.values()]), np.cumsum(sizes) - sizes, sizes[:, None], [*classes])
+
+    @classmethod
     def from_dataset(
         cls,
         dataset: Any,
@@ -257,6 +271,36 @@ class ClassSamples:
             self.styles,
             self.order,
         )
+
+    def __add__(self, other: ClassSamples) -> ClassSamples:
+        """The classes of both, those of one name as one, without styles; the other's samples after one's own.
+
+        Where one has bytes and the other floating point samples, those are divided by 255.
+
+        Raises:
+            ValueError: a name is of two classes, or samples differ in shape, device or otherwise in dtype.
+
+        >>> few = ClassSamples.from_classes({"a": torch.zeros(1, 4), "b": torch.ones(1, 4)})
+        >>> few + ClassSamples.from_classes({"b": torch.rand(5, 4)})
+        ClassSamples(2 classes, 1 to 6 samples each of shape (4,))
+        """
+        if not isinstance(other, ClassSamples):
+            return NotImplemented
+        both = (self, other)
+        for each in both:
+            if len({*each.names}) < len(each):
+                raise ValueError("classes must have names of their own to be joined (got one name twice)")
+        kinds = {each.samples.dtype for each in both}
+        floating = [kind for kind in kinds if kind.is_floating_point]
+        mixed = torch.uint8 in kinds and len(floating) == 1
+        classes: dict[str, list[Tensor]] = {}
+        for each in both:
+            for index, name in enumerate(each.names):
+                own = each.class_samples(index)
+                own = own.to(floating[0]) / 255 if mixed and own.dtype == torch.uint8 else own
+                classes.setdefault(name, []).append(own)
+        _check_alike([part for parts in classes.values() for part in parts])
+        return ClassSamples.from_classes({name: torch.cat(parts) for name, parts in classes.items()})
 
     def to(self, device: torch.device | str) -> ClassSamples:
         """The data set with its samples on a device; episodes are then drawn there, the same ones for the same seed."""
@@ -410,6 +454,13 @@ class ClassSamples:
             return picked.view(shape)
         scaled = picked.to(dtype).div_(255) if picked.dtype == torch.uint8 else picked.to(dtype)
         return scaled.view(shape)
+
+
+def _check_alike(parts: Sequence[Tensor]) -> None:
+    kinds = {(tuple(each.shape[1:]), each.dtype, each.device) for each in parts}
+    if len(kinds) != 1:
+        got = " and ".join(f"{dtype} {list(shape)} on {device}" for shape, dtype, device in kinds)
+        raise ValueError(f"classes must hold samples of one shape, dtype and device (got {got or 'none'})")
 
 
 def _check_dtype(dtype: Any) -> None:

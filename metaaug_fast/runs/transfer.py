@@ -20,7 +20,7 @@ from ..data import ClassSamples, Episodes
 from ..data.draws import shuffled
 from ..learners.hard_tasks import HardTasks
 from ..learners.meta_transfer import LEARNS, MetaTransfer
-from ..learners.supervised import fit, inputs
+from ..learners.supervised import classifier_accuracy, fit
 from .build import fitted, make_learner, make_model
 from .config import Config, Sampling
 from .evaluation import student
@@ -35,7 +35,7 @@ WAYS = {
 """The ways to a classifier of the target that are compared."""
 
 _GREY = (0.299, 0.587, 0.114)  # of red, green and blue, by ITU-R 601, as Pillow has it
-_AT_ONCE = 500  # samples that a network judges
+_AT_ONCE = 500  # pictures that are brought to a shape
 
 
 def _option(default: Any, help: str) -> Any:
@@ -232,7 +232,7 @@ def transfer(
             reached = []
             for way, network in ways_there:
                 with clock.of("judging"):
-                    found[count, way].append(accuracy(network, *test))
+                    found[count, way].append(classifier_accuracy(network, test))
                 reached.append(f"{way} {100 * found[count, way][-1]:.1f} %")
             say(f"seed {seed}, {_labels(count)}: {', '.join(reached)}")
     figures = tuple(Figures(*key, tuple(values)) for key, values in found.items())
@@ -324,17 +324,6 @@ def _ids(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([torch.full((len(part),), index) for index, part in enumerate(parts)])
 
 
-@torch.no_grad()
-def accuracy(network: nn.Module, x: Tensor, y: Tensor) -> float:
-    """The share of samples that a classifier is right about."""
-    like = next(network.parameters())
-    right = [
-        network(inputs(some, like)).argmax(1).cpu() == ids
-        for some, ids in zip(x.split(_AT_ONCE), y.split(_AT_ONCE), strict=True)
-    ]
-    return float(torch.cat(right).double().mean())
-
-
 def brought(
     name: str, data: ClassSamples, target: ClassSamples, convert: bool, say: Callable[[str], None] = print
 ) -> ClassSamples:
@@ -379,15 +368,8 @@ def joined(sources: Mapping[str, ClassSamples]) -> ClassSamples:
     """
     if not sources:
         raise ValueError("sources must be one data set or more (got none)")
-    classes = [
-        (f"{name}: {data.names[i]}", data.class_samples(i)) for name, data in sources.items() for i in range(len(data))
-    ]
-    sizes = np.array([len(samples) for _, samples in classes])
-    return ClassSamples(
-        torch.cat([samples for _, samples in classes]),
-        np.cumsum(sizes) - sizes,
-        sizes[:, None],
-        [name for name, _ in classes],
+    return ClassSamples.from_classes(
+        {f"{name}: {data.names[i]}": data.class_samples(i) for name, data in sources.items() for i in range(len(data))}
     )
 
 

@@ -286,8 +286,8 @@ def test_pictures_that_are_none():
     y = torch.tensor([0, 1, 0, 1])
     for given, error, message in (
         (([x, x[..., 1:]], y, 1), TypeError, r"x must be a tensor \(got list\)"),
-        ((x[:, 0], y, 1), ValueError, r"x and y must be pictures \[S, C, H, W\] and class ids \[S\]"),
-        ((x, y[1:], 1), ValueError, "x and y must be pictures"),
+        ((x[:, 0], y, 1), ValueError, r"x must be pictures \[S, C, H, W\] \(got"),
+        ((x, y[1:], 1), ValueError, "y must have the tasks and samples of x"),
         ((x, y, 0), ValueError, r"per_class must be >= 1 \(got 0\)"),
         ((x, y + 1, 1), ValueError, "must have a sample of each class"),
         ((2 * x + 1, y, 1), ValueError, r"x must be pictures in 0..1"),

@@ -451,7 +451,10 @@ def test_first_order_has_no_gradient_for_a_policy_and_says_so(backend):
         assert learner(AugmentationPolicy(["noise"])(batch)).loss.isfinite()
     scored, pictures = AugmentationPolicy(["horizontal_flip"], choices="score"), maml(1, 8, 8, backend=backend)
     pictures.first_order = True
-    scored.loss(pictures(scored(tasks(1, 8, 8)))).backward()
+    batch = tasks(1, 8, 8)
+    drawn = scored.draw(batch.support_x)["horizontal_flip"]
+    drawn.choice[0], drawn.choice[1:] = 0.9, 0.1  # tasks that choose alike would leave nothing to learn
+    scored.loss(pictures(scored(batch, drawn={"horizontal_flip": drawn}))).backward()
     assert scored.probability_logit["horizontal_flip"].grad != 0
 
 

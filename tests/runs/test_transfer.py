@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 import metaaug_fast as mf
+from metaaug_fast.learners.supervised import classifier_accuracy
 from metaaug_fast.runs.config import configure
 from metaaug_fast.runs.transfer import (
     WAYS,
     Figures,
     Recipe,
     Transferred,
-    accuracy,
     brought,
     divided,
     few,
@@ -113,7 +113,7 @@ def test_accuracy_is_a_share():
     x = torch.randint(3, (1234, 2)).float()
     y = x[:, 0].long()
     y[:100] = (y[:100] + 1) % 3
-    assert accuracy(First(2, 3), x, y) == pytest.approx(1134 / 1234)
+    assert classifier_accuracy(First(2, 3), (x, y)) == pytest.approx(1134 / 1234)
 
 
 def test_intervals_are_students():
