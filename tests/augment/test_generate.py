@@ -292,7 +292,7 @@ def test_pictures_that_are_none():
         ((x, y + 1, 1), ValueError, "must have a sample of each class"),
         ((2 * x + 1, y, 1), ValueError, r"x must be pictures in 0..1"),
         ((x / 0, y, 1), ValueError, r"x must be pictures in 0..1"),
-        (((255 * x).byte(), y, 1), ValueError, r"x must be floating point pictures in 0..1 \(got torch.uint8"),
+        (((255 * x).byte(), y, 1), ValueError, "x must be float32 or float64 on the CPU"),
     ):
         with pytest.raises(error, match=message):
             generator.more(*given)
