@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +12,10 @@ from ..checks import check_count, check_flag, check_integer, check_number
 from ..data.samples import ClassSamples
 from ..engine.loop import meta_loss
 from ..engine.problem import Query, Support, inner_problem, parameters_of
-from ..engine.reference import pack
 from ..errors import NonFiniteError
 from ..learners.supervised import inputs
 from ..tasks import MetaOutput, check_tensor, class_ids
+from .from_scratch import random_starts
 
 
 class DistilledSet(nn.Module):
@@ -87,34 +85,6 @@ class DistilledSet(nn.Module):
         """The samples as a data set, without their gradient; its classes by the names of the real ones, if given."""
         x, y = self.x.detach().float().cpu(), self.y.cpu()
         return ClassSamples.from_arrays(x, y if names is None else [names[index] for index in y.tolist()])
-
-
-def random_starts(model: nn.Module, count: int, seed: int = 0) -> Tensor:
-    """Weights as the layers draw them, `[count, P]`, on the model's device. The model stays as it is.
-
-    Raises:
-        ValueError: a layer with parameters has no `reset_parameters()`, or `count` is none.
-    """
-    check_count("count", count, low=1)
-    check_integer("seed", seed)
-    twin: Any = copy.deepcopy(model)
-    parts = twin.named_modules()
-    holders = {path: part for path, part in parts if next(part.parameters(recurse=False), None) is not None}
-    for path, part in holders.items():
-        if not hasattr(part, "reset_parameters"):
-            raise ValueError(
-                f"model must have layers that draw their weights by reset_parameters() (got {type(part).__name__} at "
-                f"{path!r})"
-            )
-    device = next(model.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        starts = []
-        for _ in range(count):
-            for part in holders.values():
-                part.reset_parameters()
-            starts.append(pack(parameters_of(twin)).detach())
-    return torch.stack(starts)
 
 
 def distil(

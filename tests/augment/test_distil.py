@@ -9,7 +9,8 @@ from torch import nn
 from torch.func import functional_call
 
 import metaaug_fast as mf
-from metaaug_fast.augment.distil import DistilledSet, distil, random_starts
+from metaaug_fast.augment import random_starts
+from metaaug_fast.augment.distil import DistilledSet, distil
 from metaaug_fast.engine.reference import pack
 from tests.exactness import relative_error
 
