@@ -1,6 +1,7 @@
 """Augmentation: learned, of what tasks adapt on, for how well they then do on real queries; and of whole tasks."""
 
-from .distil import DistilledSet, distil
+from .augmented import Augmented
+from .distil import DistilledSet, distil, random_starts
 from .enlarge import Augmenter, generate_augmented_data
 from .from_scratch import FromScratch, random_starts
 from .generate import FlowTasks, Generator
@@ -25,6 +26,7 @@ __all__ = [
     "TRANSFORMS",
     "VECTORS",
     "AugmentationPolicy",
+    "Augmented",
     "Augmenter",
     "Compose",
     "DistilledSet",
