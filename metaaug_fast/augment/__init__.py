@@ -1,7 +1,7 @@
 """Augmentation: learned, of what tasks adapt on, for how well they then do on real queries; and of whole tasks."""
 
 from .augmented import Augmented
-from .distil import DistilledSet, distil, random_starts
+from .distil import DistilledSet, distil
 from .enlarge import Augmenter, generate_augmented_data
 from .from_scratch import FromScratch, random_starts
 from .generate import FlowTasks, Generator
