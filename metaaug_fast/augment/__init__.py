@@ -19,10 +19,11 @@ from .tasks import (
     QuarterTurns,
     ShuffleLabels,
 )
-from .transforms import PICTURES, TRANSFORMS, VECTORS, Drawn, Transform
+from .transforms import PICTURES, SENTENCES, TRANSFORMS, VECTORS, Drawn, Transform
 
 __all__ = [
     "PICTURES",
+    "SENTENCES",
     "TRANSFORMS",
     "VECTORS",
     "AugmentationPolicy",

@@ -28,7 +28,7 @@ PADDINGS = ("zeros", "border", "reflection")
 _SMALLEST_BLUR = 0.05
 """Pixels: kornia's blur needs a width > 0, and of this one all that rounds to more than 0 is the pixel itself."""
 _RAMP = 0.2
-"""How much of the amounts lies between a feature that is kept and one that is dropped, for a gradient to be there."""
+"""How much of the amounts lies between what is dropped, or moved, and what stays, for a gradient to be there."""
 
 
 class Drawn(NamedTuple):
@@ -59,7 +59,8 @@ class Transform:
         apply: see `acts`; amount is `[N]`, or `[N, numbers]` where there are more.
         largest: the amount at strength 1, before a number in -1..1 or 0..1 is drawn for each sample.
         unit: of the amount, in tables.
-        of: "pictures" `[T, S, C, H, W]`, "vectors" `[T, S, F]`, or "both".
+        of: "pictures" `[T, S, C, H, W]`, "vectors" `[T, S, F]`, "sentences" of embedded tokens `[T, S, L, D]`, where
+            padding is 0, or "any".
         signed: amounts go both ways.
         numbers: how many are drawn for a sample; 0: it is on or off, and has no strength.
         rest: from a shape `[T, S, ...]`, a source of tensors and a generator to whatever else it draws.
@@ -82,7 +83,7 @@ class Transform:
 
     def __post_init__(self) -> None:
         check_choice("acts", self.acts, ("affine", "shift", "values", "mix"))
-        check_choice("of", self.of, ("pictures", "vectors", "both"))
+        check_choice("of", self.of, ("pictures", "vectors", "sentences", "any"))
         check_count("numbers", self.numbers)
         check_number("largest", self.largest)
         if not isinstance(self.name, str) or not self.name.isidentifier():
@@ -164,13 +165,13 @@ def find(transforms: Iterable[str | Transform]) -> list[Transform]:
 
     Raises:
         TypeError: something else is among them.
-        ValueError: there is none, a name is unknown or comes twice, or some are of pictures and some of vectors.
+        ValueError: there is none, a name is unknown or comes twice, or some are of pictures and some of vectors, say.
 
     >>> [each.name for each in find(["noise", "mixup"])]
     ['noise', 'mixup']
     >>> find(["rotate"])
     Traceback (most recent call last):
-    ValueError: transforms must be among rotation, ..., dropout (got 'rotate'; is it 'rotation'?)
+    ValueError: transforms must be among rotation, ..., token_swap (got 'rotate'; is it 'rotation'?)
     """
     if isinstance(transforms, (str, Transform)) or not isinstance(transforms, Iterable):
         raise TypeError(f"transforms must be a list of names or Transforms (got {transforms!r})")
@@ -180,12 +181,10 @@ def find(transforms: Iterable[str | Transform]) -> list[Transform]:
     names = [each.name for each in found]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"transforms must each be there once (got {twice[0]!r} {names.count(twice[0])} times)")
-    kinds = {each.of: each.name for each in found}
-    if {"pictures", "vectors"} <= set(kinds):
-        raise ValueError(
-            "transforms must be all of pictures or all of vectors "
-            f"(got {kinds['pictures']!r} of pictures and {kinds['vectors']!r} of vectors)"
-        )
+    kinds = {each.of: each.name for each in found if each.of != "any"}
+    if len(kinds) > 1:
+        got = " and ".join(f"{name!r} of {of}" for of, name in kinds.items())
+        raise ValueError(f"transforms must be all of pictures, all of vectors or all of sentences (got {got})")
     if "pictures" in kinds:
         kornia()  # say now that it is missing
     return found
@@ -201,6 +200,10 @@ def check_samples_of(name: str, transforms: Sequence[Transform], x: Tensor) -> N
             raise ValueError(f"{name} must be pictures [T, S, C, H, W] for {each.name} (got shape {tuple(x.shape)})")
         if each.of == "vectors" and x.ndim != 3:
             raise ValueError(f"{name} must be vectors [T, S, F] for {each.name} (got shape {tuple(x.shape)})")
+        if each.of == "sentences" and x.ndim != 4:
+            raise ValueError(
+                f"{name} must be embedded tokens [T, S, L, D] for {each.name} (got shape {tuple(x.shape)})"
+            )
 
 
 def _named(each: object) -> Transform:
@@ -354,6 +357,26 @@ def _dropout(x: Tensor, share: Tensor, chance: Tensor) -> Tensor:
     return x * (1 + (chance - _each(share, x)) / _RAMP).clamp(0, 1)
 
 
+def _token_dropout(x: Tensor, share: Tensor, chance: Tensor) -> Tensor:
+    """About this share of tokens becomes padding."""
+    return x * (1 + (chance[:, 1:] - share.unsqueeze(1)) / _RAMP).clamp(0, 1).unsqueeze(2)
+
+
+def _token_swap(x: Tensor, share: Tensor, chance: Tensor) -> Tensor:
+    """About this share of neighbours, first and second or second and third and so on, change places; padding stays."""
+    length = x.shape[1]
+    places = torch.arange(length, device=x.device)
+    odd = (chance[:, -1:] > 0.5).long()  # where pairs begin
+    other = odd + ((places - odd) ^ 1)
+    alone = (places < odd) | (other >= length)
+    other = other.where(~alone, places)
+    swapped = x.gather(1, other.unsqueeze(2).expand_as(x))
+    padding = (x == 0).all(2) | (swapped == 0).all(2)
+    drawn = chance.gather(1, torch.minimum(places, other))
+    how_far = ((share.unsqueeze(1) - drawn) / _RAMP).clamp(0, 1)
+    return torch.lerp(x, swapped, how_far.masked_fill(alone | padding, 0).unsqueeze(2))
+
+
 def _box(side: Tensor, centre: Tensor, x: Tensor) -> Tensor:
     """How much of each pixel a box covers, `[N, 1, H, W]`; sides in parts of the picture's, centres in 0..1."""
 
@@ -384,6 +407,10 @@ def _place(shape: Sequence[int], like: Tensor, generator: Generator | None) -> T
     return 2 * _uniform((*shape[:2], 2), like, generator) - 1
 
 
+def _by_token(shape: Sequence[int], like: Tensor, generator: Generator | None) -> Tensor:
+    return _uniform((*shape[:2], shape[2] + 1), like, generator)
+
+
 def _centre(shape: Sequence[int], like: Tensor, generator: Generator | None) -> Tensor:
     return _uniform((*shape[:2], 2), like, generator)
 
@@ -406,17 +433,20 @@ TRANSFORMS = {
         Transform("brightness", "values", _brightness, 0.5, signed=True),
         Transform("contrast", "values", _contrast, 0.9, signed=True),
         Transform("blur", "values", _blur, 0.05, "of the size"),
-        Transform("noise", "values", _noise, 0.5, of="both", rest=_normal),
+        Transform("noise", "values", _noise, 0.5, of="any", rest=_normal),
         Transform("cutout", "values", _cutout, 0.75, "of the size", rest=_centre),
-        Transform("mixup", "mix", _mixup, 0.5, "of the other", of="both"),
+        Transform("mixup", "mix", _mixup, 0.5, "of the other", of="any"),
         Transform("cutmix", "mix", _cutmix, 0.7, "of the size", rest=_centre),
         Transform("scaling", "values", _scaling, 0.5, signed=True, of="vectors"),
         Transform("dropout", "values", _dropout, 0.5, "of the features", of="vectors", rest=_uniform),
+        Transform("token_dropout", "values", _token_dropout, 0.5, "of the tokens", of="sentences", rest=_by_token),
+        Transform("token_swap", "values", _token_swap, 0.5, "of the pairs", of="sentences", rest=_by_token),
     )
 }
 """All by name: what `AugmentationPolicy` and its table call them."""
 
-PICTURES = tuple(name for name, each in TRANSFORMS.items() if each.of != "vectors")
-"""Those of pictures."""
-VECTORS = tuple(name for name, each in TRANSFORMS.items() if each.of != "pictures")
-"""Those of vectors."""
+PICTURES, VECTORS, SENTENCES = (
+    tuple(name for name, each in TRANSFORMS.items() if each.of in (kind, "any"))
+    for kind in ("pictures", "vectors", "sentences")
+)
+"""The names of those of pictures, of vectors and of sentences."""

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import metaaug_fast as mf
-from metaaug_fast.augment import PICTURES, TRANSFORMS, VECTORS, AugmentationPolicy, support_network
+from metaaug_fast.augment import PICTURES, SENTENCES, TRANSFORMS, VECTORS, AugmentationPolicy, support_network
 from metaaug_fast.data import Episodes
 from metaaug_fast.tasks import MetaOutput, TaskBatch
-from tests.building import assert_same, backends
+from tests.building import assert_same
 from tests.exactness import assert_close, gradients, rand, randn, relative_error
 from tests.learners.comparing import descended
 
@@ -32,6 +32,8 @@ def tasks(*shape: int, dtype=torch.float64) -> TaskBatch:
 def network(*shape: int) -> nn.Module:
     if len(shape) == 1:
         return nn.Sequential(nn.Linear(*shape, 7), nn.Tanh(), nn.Linear(7, WAYS)).double()
+    if len(shape) == 2:
+        return nn.Sequential(nn.Linear(shape[1], 5), nn.Tanh(), nn.Flatten(), nn.Linear(5 * shape[0], WAYS)).double()
     return nn.Sequential(nn.Conv2d(shape[0], 3, 3, 2), nn.Tanh(), nn.Flatten(), nn.LazyLinear(WAYS)).double()
 
 
@@ -69,17 +71,28 @@ def moved(policy: AugmentationPolicy) -> AugmentationPolicy:
     return policy
 
 
-@backends
+KINDS = {"pictures": (PICTURES, (2, 10, 8)), "vectors": (VECTORS, (30,)), "sentences": (SENTENCES, (9, 4))}
+
+
 @pytest.mark.parametrize("per_task", [False, True])
-@pytest.mark.parametrize(("names", "shape"), [(PICTURES, (2, 10, 8)), (VECTORS, (30,))], ids=["pictures", "vectors"])
-def test_gradients_are_those_of_an_unroll_task_by_task(names, shape, per_task, backend):
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        *((kind, backend) for kind in ("pictures", "vectors") for backend in ("fused", "fallback")),
+        ("sentences", "fallback"),
+    ],
+)
+def test_gradients_are_those_of_an_unroll_task_by_task(kind, backend, per_task):
+    names, shape = KINDS[kind]
     policy, learner, batch = (
         AugmentationPolicy(names, copies=2, originals=True),
         maml(*shape, backend=backend),
         tasks(*shape),
     )
     if per_task:
-        policy.network = support_network(shape, policy.settings_count, hidden=5)
+        policy.network = nn.Sequential(
+            nn.Flatten(), support_network((math.prod(shape),), policy.settings_count, hidden=5)
+        )
     moved(policy)
     drawn = policy.draw(batch.support_x)
     out = learner(policy(batch, drawn=drawn))
@@ -356,7 +369,7 @@ def test_episodes_are_augmented_where_they_are_drawn():
         ([[3]], {}, "transforms must be names or Transforms"),
         ([["rotate"]], {}, r"transforms must be among .* \(got 'rotate'; is it 'rotation'\?\)"),
         ([["noise", "noise"]], {}, "transforms must each be there once"),
-        ([["blur", "scaling"]], {}, "transforms must be all of pictures or all of vectors"),
+        ([["blur", "scaling"]], {}, "transforms must be all of pictures, all of vectors or all of"),
         ([["noise"], 1.5], {}, r"probability must be in 0..1 \(got 1.5\)"),
         ([["noise"], -0.1], {}, r"probability must be >= 0 \(got -0.1\)"),
         ([["noise"], math.nan], {}, "probability must be >= 0"),

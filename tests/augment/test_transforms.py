@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from metaaug_fast.augment import PICTURES, TRANSFORMS, VECTORS, Transform
+from metaaug_fast.augment import PICTURES, SENTENCES, TRANSFORMS, VECTORS, Transform
 from metaaug_fast.augment.transforms import find, transformed
 from tests.building import python
 from tests.exactness import rand, randn, relative_error
@@ -171,9 +171,44 @@ def test_vectors():
     assert ((got / x)[between] < 1).all()
 
 
+def sentences(length=6):
+    """Embedded tokens, the last of each sentence being padding."""
+    x = randn(T, S, length, 3)
+    x[:, :, -1] = 0
+    return x
+
+
+def samples_of(name):
+    return pictures() if name in PICTURES else randn(T, S, 5) if name in VECTORS else sentences()
+
+
+def test_tokens_are_dropped_whole():
+    x, chance = sentences(), rand(T, S, 7)
+    got = applied("token_dropout", x, 0.5, rest=chance)[0]
+    chance = chance[..., 1:]
+    assert torch.equal(got[chance > 0.5], x[chance > 0.5])
+    assert not got[chance < 0.3].any()
+    assert relative_error(got, x * (1 + (chance - 0.5) / 0.2).clamp(0, 1).unsqueeze(-1)) < 1e-12
+
+
+@pytest.mark.parametrize("length", [2, 5, 6])
+@pytest.mark.parametrize("odd", [False, True])
+def test_neighbours_change_places_but_not_with_padding(length, odd):
+    x, chance = sentences(length), rand(T, S, length + 1)
+    chance[..., -1] = 0.75 if odd else 0.25
+    got = applied("token_swap", x, 0.5, rest=chance)[0]
+    for place, sentence, numbers in zip(got.flatten(0, 1), x.flatten(0, 1), chance.flatten(0, 1), strict=True):
+        expected = sentence.clone()
+        for left in range(int(odd), length - 2, 2):  # the last one is padding
+            far = min(1.0, max(0.0, (0.5 - float(numbers[left])) / 0.2))
+            expected[left] = (1 - far) * sentence[left] + far * sentence[left + 1]
+            expected[left + 1] = (1 - far) * sentence[left + 1] + far * sentence[left]
+        assert relative_error(place, expected) < 1e-12
+
+
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_nothing_happens_at_0(name):
-    x = pictures() if name in PICTURES else randn(T, S, 5)
+    x = samples_of(name)
     y = soft()
     amount = torch.zeros(TRANSFORMS[name].numbers if TRANSFORMS[name].numbers > 1 else ())
     got_x, got_y = applied(name, x, amount, y=y)
@@ -185,7 +220,7 @@ def test_nothing_happens_at_0(name):
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_what_is_kept(name, dtype):
     transform = TRANSFORMS[name]
-    x = (pictures() if name in PICTURES else randn(T, S, 5)).to(dtype)
+    x = samples_of(name).to(dtype)
     unchanged = 0
     for _ in range(10):  # each sample may be drawn for its own partner
         drawn = transform.draw(x)
@@ -202,7 +237,8 @@ def test_what_is_kept(name, dtype):
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_gradients_are_those_of_finite_differences(name):
     transform = TRANSFORMS[name]
-    x = 0.2 + 0.6 * pictures() if name in PICTURES else randn(T, S, 5)
+    x = 0.2 + 0.6 * pictures() if name in PICTURES else samples_of(name)
+    x[x == 0] = 1  # padding has no neighbourhood
     drawn, y = transform.draw(x), soft()
     share = 0.2 + 0.3 * rand(*(drawn.choice if drawn.number is None else drawn.number).shape)
 
@@ -224,8 +260,9 @@ def test_same_seed_same_bits():
 
 
 def test_the_tables_name_all():
-    assert set(PICTURES) | set(VECTORS) == set(TRANSFORMS)
-    assert set(PICTURES) & set(VECTORS) == {"noise", "mixup"}
+    assert set(PICTURES) | set(VECTORS) | set(SENTENCES) == set(TRANSFORMS)
+    assert set(PICTURES) & set(VECTORS) == set(PICTURES) & set(SENTENCES) == set(VECTORS) & set(SENTENCES)
+    assert set(VECTORS) & set(SENTENCES) == {"noise", "mixup"}
 
 
 def test_one_of_ones_own_is_an_entry():
@@ -241,7 +278,7 @@ def test_wrong_ones():
     for options, message in [
         ({"name": "a b"}, "name must be a word"),
         ({"acts": "grid"}, "acts must be one of affine, shift, values, mix"),
-        ({"of": "sounds"}, "of must be one of pictures, vectors, both"),
+        ({"of": "sounds"}, "of must be one of pictures, vectors, sentences, any"),
         ({"largest": -1.0}, "largest must be >= 0"),
         ({"numbers": -1}, "numbers must be >= 0"),
     ]:
