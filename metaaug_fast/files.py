@@ -24,6 +24,8 @@ from typing import Any, BinaryIO
 from .errors import FileWriteError
 
 _PART = re.compile(r"\..+\.[0-9a-f]{16}\.part", re.DOTALL)
+_MARK = ".metaaug_fast"
+"""A file in a folder that may be replaced."""
 _HELD = threading.local()
 
 
@@ -59,6 +61,46 @@ def writing(path: str | Path, *, keep: bool = False) -> Iterator[BinaryIO]:
                 _keep(target)
             os.replace(part, target)
             _sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def writing_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to be filled in the block: afterwards it is at `path`, complete, or all is as it was.
+
+    A folder at `path` that was written in this way, as a hidden file in it says, is replaced; no other one is.
+
+    Raises:
+        FileWriteError: it cannot be made or put in its place; the block itself writes under `naming(path)`.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "letters"
+    >>> with writing_folder(path) as folder:
+    ...     _ = (folder / "a").write_bytes(b"whole")
+    >>> [file.name for file in path.parent.iterdir()], (path / "a").read_bytes()
+    (['letters'], b'whole')
+    """
+    target = target_of(path)
+    with contextlib.ExitStack() as stack:
+        with naming(path):
+            part = stack.enter_context(_part_folder(target))
+        yield part
+        with naming(path):
+            for folder, _, names in os.walk(part):
+                for name in names:
+                    _sync(os.path.join(folder, name))
+                _sync_folder(folder)
+            _put(part, target)
+            _sync_folder(target.parent)
+
+
+def try_writing_folder(path: str | Path) -> None:
+    """See whether `writing_folder` can begin, and leave everything as it was.
+
+    Raises:
+        FileWriteError: it cannot; the message names `path`.
+    """
+    with naming(path), _part_folder(target_of(path)):
+        pass
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
@@ -186,6 +228,48 @@ def _part(target: Path) -> Iterator[tuple[BinaryIO, Path]]:
                 part.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def _part_folder(target: Path) -> Iterator[Path]:
+    """The same, of a folder; it has the mark of one that may be replaced."""
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise NotADirectoryError(errno.ENOTDIR, "it is no folder")
+    if target.is_dir() and any(target.iterdir()) and not (target / _MARK).is_file():
+        raise FileExistsError(errno.EEXIST, "a folder of something else lies there")
+    with _made_folder(target.parent):
+        _sweep(target.parent)
+        while True:
+            part = _part_name(target)
+            part.mkdir()
+            try:
+                with _opened(part) as descriptor:
+                    with contextlib.suppress(OSError):
+                        fcntl.flock(descriptor, fcntl.LOCK_EX)
+                    try:
+                        (part / _MARK).touch()
+                    except FileNotFoundError:  # swept, as above
+                        continue
+                    yield part
+                    return
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+
+
+def _put(part: Path, target: Path) -> None:
+    """A folder in the place of the one before, which is then removed."""
+    before = _part_name(target)
+    try:
+        os.rename(target, before)
+    except FileNotFoundError:
+        os.rename(part, target)
+        return
+    try:
+        os.rename(part, target)
+    except OSError:
+        os.rename(before, target)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
+
+
 def _part_name(target: Path) -> Path:
     return target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
 
@@ -193,12 +277,22 @@ def _part_name(target: Path) -> Path:
 def _sweep(folder: Path) -> None:
     """Remove what killed writers left."""
     with os.scandir(folder) as entries:
-        left = [entry.path for entry in entries if _PART.fullmatch(entry.name)]
-    for path in left:
+        left = [(entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries if _PART.fullmatch(entry.name)]
+    for path, is_folder in left:
         # Gone, held or another's: not ours to remove.
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(path)
+        with contextlib.suppress(OSError), _opened(path) as descriptor:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (shutil.rmtree if is_folder else os.unlink)(path)
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[int]:
+    """The descriptor of a file or folder, to read."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _keep(target: Path) -> None:
@@ -248,11 +342,12 @@ def _lock(path: str | Path, lock: Path) -> Callable[[], None]:
     return let_go
 
 
-def _sync_folder(folder: Path) -> None:
+def _sync(path: str | Path) -> None:
+    with _opened(path) as descriptor:
+        os.fsync(descriptor)
+
+
+def _sync_folder(folder: str | Path) -> None:
     """Make a rename last; folders cannot be opened on every system."""
     with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(folder)

@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from metaaug_fast.errors import FileWriteError
-from metaaug_fast.files import claimed, previous_of, try_writing, write_atomically
+from metaaug_fast.files import (
+    claimed,
+    naming,
+    previous_of,
+    try_writing,
+    try_writing_folder,
+    write_atomically,
+    writing_folder,
+)
 from metaaug_fast.runs import checkpoint
 
 WRITER = """
@@ -266,3 +274,119 @@ def test_an_unused_claim_leaves_no_folder(tmp_path):
     with claimed(tmp_path / "a" / "b" / "c"):
         pass
     assert names(tmp_path) == []
+
+
+def fill(path, content, files=3):
+    """A folder of some files, one of them in a folder of its own."""
+    with writing_folder(path) as folder, naming(path):
+        (folder / "inner").mkdir()
+        for number in range(files):
+            (folder / ("inner" if number else ".") / f"{number}").write_bytes(content)
+
+
+def contents(folder):
+    return {each.relative_to(folder): each.read_bytes() for each in folder.rglob("[!.]*") if each.is_file()}
+
+
+def test_a_folder_is_whole_and_takes_the_place_of_the_one_before(tmp_path):
+    path = tmp_path / "deep" / "pictures"
+    fill(path, b"1")
+    assert contents(path) == {Path("0"): b"1", Path("inner/1"): b"1", Path("inner/2"): b"1"}
+    with writing_folder(path) as folder:
+        (folder / "new").write_bytes(b"2")
+        assert len(contents(path)) == 3
+    assert contents(path) == {Path("new"): b"2"}
+    assert names(path.parent) == ["pictures"]
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyError("bug"), KeyboardInterrupt()]
+)
+def test_a_folder_that_fails_leaves_all_as_it_was(tmp_path, error, before):
+    path = tmp_path / "deep" / "pictures"
+    if before:
+        fill(path, b"1")
+
+    def fails():
+        with writing_folder(path) as folder, naming(path):
+            (folder / "half").write_bytes(b"2")
+            raise error
+
+    with pytest.raises(FileWriteError if isinstance(error, OSError) else type(error)) as caught:
+        fails()
+    if isinstance(error, OSError):
+        assert str(caught.value) == f"{path} cannot be written (No space left on device)"
+    assert names(tmp_path) == (["deep"] if before else [])
+    if before:
+        assert names(path.parent) == ["pictures"]
+        assert len(contents(path)) == 3
+
+
+@pytest.mark.parametrize("call", ["os.fsync", "os.rename"])
+def test_a_folder_that_cannot_be_put_in_its_place(tmp_path, monkeypatch, call):
+    path = tmp_path / "pictures"
+    fill(path, b"1")
+    real, calls = getattr(os, call.partition(".")[2]), []
+
+    def fails_at_the_second(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*arguments)
+
+    monkeypatch.setattr(call, fails_at_the_second)
+    with pytest.raises(FileWriteError, match=r"pictures cannot be written \(No space left"):
+        fill(path, b"2")
+    assert set(contents(path).values()) == {b"1"}
+    assert names(tmp_path) == ["pictures"]
+
+
+def test_a_disk_that_is_full_in_the_middle(tmp_path):
+    """Files may have 1,000 bytes in this process, so that the last one is not written whole."""
+    program = """
+import resource, sys
+from pathlib import Path
+from metaaug_fast.files import naming, writing_folder
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+path = Path(sys.argv[1])
+with writing_folder(path) as folder, naming(path):
+    for size in (10, 900, 5000):
+        (folder / str(size)).write_bytes(bytes(size))
+"""
+    path = tmp_path / "pictures"
+    done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1].endswith(f"{path} cannot be written (File too large)")
+    assert names(tmp_path) == []
+
+
+def test_folders_of_others_stay(tmp_path):
+    path = tmp_path / "mine"
+    path.mkdir()
+    (path / "cat.png").write_bytes(b"1")
+    for write in (lambda: fill(path, b"2"), lambda: try_writing_folder(path)):
+        with pytest.raises(FileWriteError, match=r"mine cannot be written \(a folder of something else lies there"):
+            write()
+    with pytest.raises(FileWriteError, match="it is no folder"):
+        try_writing_folder(path / "cat.png")
+    with pytest.raises(FileWriteError, match="is no folder"):
+        try_writing_folder(path / "cat.png" / "deep")
+    assert names(path) == ["cat.png"]
+    (tmp_path / "empty").mkdir()
+    fill(tmp_path / "empty", b"2")
+    try_writing_folder(tmp_path / "empty")
+    try_writing_folder(tmp_path / "new" / "deep")
+    assert len(contents(tmp_path / "empty")) == 3
+    assert names(tmp_path) == ["empty", "mine"]
+
+
+def test_folders_that_killed_writers_leave_are_removed_and_held_ones_are_not(tmp_path):
+    path = tmp_path / "pictures"
+    left = tmp_path / f".pictures.{'0' * 16}.part"
+    (left / "inner").mkdir(parents=True)
+    (left / "inner" / "half").touch()
+    with writing_folder(path) as folder:
+        assert not left.exists()
+        fill(tmp_path / "other", b"1")
+        assert folder.exists()
+    assert names(tmp_path) == ["other", "pictures"]

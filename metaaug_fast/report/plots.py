@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import string
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
 from torch import Tensor
 
+from ..files import write_atomically
 from ..tasks import TaskBatch
 
 if TYPE_CHECKING:
@@ -267,5 +269,6 @@ def style(axes: Axes, x: str, y: str, size: float = 10) -> None:
 
 
 def _write(figure: Figure, path: str | Path) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=Path(path).suffix[1:] or None)
+    write_atomically(path, drawn.getvalue())
