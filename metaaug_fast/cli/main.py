@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "meta-train, evaluate on new classes, write a checkpoint and a report",
     "evaluate": "how good a checkpoint's learner is on new classes",
     "transfer": "from many sources to a target of few labels: pre-train, meta-train, fine-tune, and compare",
+    "augment": "more of a few pictures a class: policy, hallucinate, generate, retrieve or distill, and compare",
     "list": "learners, models, data sets and recipes",
     "explain": "which of a model's ops are fused, and why others are not",
     "demo": "train on letters for a few minutes, evaluate and draw",

@@ -118,17 +118,23 @@ def _parts(text: str) -> dict[str, Part]:
     """What `NAME=DIR,NAME` names."""
     parts: dict[str, Part] = {}
     for each in text.split(","):
-        name, equals, folder = each.partition("=")
-        if name in parts:
-            raise ValueError(f"sources must be named once (got {name} twice)")
-        found = find_data(name)
-        takes = {} if is_data(found) else parameters_of(found)
-        if equals and "root" not in takes:
-            raise ValueError(f"sources must have a folder only where data lie in one (got {each})")
-        if not equals and "root" in takes and takes["root"].default is REQUIRED:
-            raise ValueError(f"sources must say where {name} lies, {name}=DIR (got {each})")
-        parts[name] = Part(name, {"root": folder} if equals else {})
+        part = part_of("sources", each)
+        if part.name in parts:
+            raise ValueError(f"sources must be named once (got {part.name} twice)")
+        parts[part.name] = part
     return parts
+
+
+def part_of(called: str, text: str) -> Part:
+    """What `NAME=DIR` or `NAME` names."""
+    name, equals, folder = text.partition("=")
+    found = find_data(name)
+    takes = {} if is_data(found) else parameters_of(found)
+    if equals and "root" not in takes:
+        raise ValueError(f"{called} must have a folder only where data lie in one (got {text})")
+    if not equals and "root" in takes and takes["root"].default is REQUIRED:
+        raise ValueError(f"{called} must say where {name} lies, {name}=DIR (got {text})")
+    return Part(name, {"root": folder} if equals else {})
 
 
 def _data(called: str, part: Part) -> ClassSamples:

@@ -1,0 +1,659 @@
+"""More of a few pictures a class: an augmenter is learned or taken, it makes new ones, and a classifier judges them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Generator, Tensor
+
+from .. import augment, files
+from ..augment import Augmenter, FlowTasks, Hallucination, PictureGenerator, Retrieval
+from ..checks import check_count, check_integer, check_number, check_probability
+from ..data import ClassSamples, Episodes
+from ..data.draws import shuffled
+from ..data.readers.folder import Folder
+from ..errors import CheckpointError, in_one_line
+from ..learners.base import Learner
+from ..learners.maml import MAML
+from ..learners.supervised import classifier_accuracy, train_classifier
+from ..models import strided_conv4
+from . import checkpoint as checkpoints
+from .build import make_sources
+from .config import Part
+from .history import TIME, History
+from .resume import check_state
+from .training import train
+from .transfer import Figures, brought
+
+LEARNED, PICTURES = "learned.safetensors", "pictures"
+"""In the folder of a run: its checkpoint, and the augmented folder."""
+
+_SHOWN = 100
+"""Characters of a class's name that its folder has at most: file systems take 255 bytes."""
+
+
+def _option(default: Any, help: str, later: bool = False) -> Any:
+    """later: an augmenter that has learned takes it, too."""
+    return field(default=default, metadata={"help": help, "later": later})
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make more of a few pictures, with its settings.
+
+    Raises:
+        TypeError, ValueError: a number is out of range.
+    """
+
+    steps: int = _option(300, "meta-steps in all, those before a resumption included")
+    shots: int = _option(5, "samples a class, in meta-training and of the new classes where no folder is given", True)
+    hidden: int = _option(32, "channels of the network")
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if each.type == "int":
+                check_count(each.name, value, low=0 if each.name in ("inner_steps", "context") else 1)
+            if each.type == "float":
+                (check_probability if each.name in ("probability", "strength", "mix") else check_number)(
+                    each.name, value
+                )
+
+    def check(self, few: ClassSamples, per_class: int) -> None:
+        """ValueError where it cannot make so many of such a few."""
+
+    def augmenter(self, learner: Any) -> Augmenter:
+        """What makes samples: of `learner`, which has learned, if there is one."""
+        made: Augmenter = learner
+        return made
+
+
+@dataclass(frozen=True)
+class Learned(Method):
+    """One that is meta-trained on the classes of a data set."""
+
+    queries: int = _option(5, "query samples a class")
+    tasks: int = _option(4, "a meta-step")
+    meta_lr: float = _option(1e-3, "of Adam")
+
+    def learner(self, shape: Sequence[int], pool: ClassSamples | None) -> Learner:
+        """What is meta-trained, for pictures of a shape, with fresh weights."""
+        raise NotImplementedError
+
+    def episodes(self, data: ClassSamples, seed: int) -> Episodes:
+        """What it is meta-trained on."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class _Unrolled(Learned):
+    """By MAML, through whose inner loop the gradient arrives."""
+
+    ways: int = _option(5, "classes of a task in meta-training")
+    inner_lr: float = _option(0.4, "of the learner that adapts on what was augmented")
+    inner_steps: int = _option(1, "of that learner")
+
+    def maml(self, shape: Sequence[int]) -> MAML:
+        """The learner that adapts."""
+        return MAML(strided_conv4(self.ways, shape, self.hidden), self.inner_lr, self.inner_steps)
+
+    def episodes(self, data: ClassSamples, seed: int) -> Episodes:
+        """Few-shot tasks of these classes."""
+        return Episodes(data, self.ways, self.shots, self.queries, self.tasks, seed)
+
+
+@dataclass(frozen=True)
+class Policy(_Unrolled):
+    """Transforms, how often and how strongly."""
+
+    transforms: str = _option("rotation,translation,scale,shear,elastic", "between commas")
+    probability: float = _option(0.5, "of each transform, at the start")
+    strength: float = _option(0.3, "of each transform, at the start")
+    copies: int = _option(2, "of every support sample in meta-training, each transformed anew")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        policy = self.policy()
+        if others := [each.name for each in policy.transforms if each.of == "vectors"]:
+            raise ValueError(f"transforms must be of pictures (got {', '.join(others)})")
+        if mixes := policy.mixes:
+            raise ValueError(f"transforms must leave each sample one of its class (got {', '.join(mixes)})")
+
+    def policy(self) -> augment.AugmentationPolicy:
+        """As it is at the start."""
+        names = [name.strip() for name in self.transforms.split(",")]
+        return augment.AugmentationPolicy(names, self.probability, self.strength, copies=self.copies, originals=True)
+
+    def learner(self, shape: Sequence[int], pool: ClassSamples | None) -> Learner:
+        """MAML and the policy."""
+        return augment.Augmented(self.maml(shape), self.policy())
+
+
+@dataclass(frozen=True)
+class Hallucinate(_Unrolled):
+    """A generator of samples out of samples and noise."""
+
+    made: int = _option(3, "samples that join each class of a task in meta-training")
+    noise: int = _option(16, "numbers that a sample is made of, beside another one")
+
+    def learner(self, shape: Sequence[int], pool: ClassSamples | None) -> Learner:
+        """MAML, and the generator."""
+        return Hallucination(self.maml(shape), PictureGenerator(shape[0], self.noise), self.made, self.noise)
+
+
+@dataclass(frozen=True)
+class Retrieve(_Unrolled):
+    """Samples of a pool, and what they are worth."""
+
+    found: int = _option(3, "samples of the pool that join each class of a task in meta-training")
+    join: str = _option("samples", "as they are, or mixed with a sample of the class: samples, mixed")
+    mix: float = _option(0.5, "the part of a mixed sample that comes from the pool")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.join not in ("samples", "mixed"):
+            raise ValueError(f"join must be one of samples, mixed (got {self.join!r})")
+
+    def learner(self, shape: Sequence[int], pool: ClassSamples | None) -> Learner:
+        """MAML with the pool, in which pixels say what is near."""
+        if pool is None:
+            raise ValueError("pool must be given for retrieve (got none)")
+        return Retrieval(self.maml(shape), pool, per_class=self.found, join=self.join, mix=self.mix)
+
+
+@dataclass(frozen=True)
+class Generate(Learned):
+    """New pictures, by a flow that is shown a few of the class."""
+
+    steps: int = _option(1000, "meta-steps in all, those before a resumption included")
+    hidden: int = _option(48, "channels of the network")
+    blocks: int = _option(4, "of the network")
+    tasks: int = _option(8, "classes a meta-step")
+    repeats: int = _option(4, "noises and times of every picture")
+    context: int = _option(2, "pictures of the class that the network is shown")
+    patch: int = _option(2, "side of the squares of pixels that become planes; must divide a picture's")
+    start: float = _option(0.4, "0: drawn from noise alone; the nearer to 1, the more alike to a real one", True)
+    draw_steps: int = _option(32, "of Euler's method in drawing", True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start >= 1:
+            raise ValueError(f"start must be below 1 (got {self.start})")
+
+    def flow(self) -> FlowTasks:
+        """How pictures become tasks."""
+        return FlowTasks(self.repeats, self.context, self.patch)
+
+    def learner(self, shape: Sequence[int], pool: ClassSamples | None) -> Learner:
+        """The flow, told of the class by its pictures alone."""
+        network = self.flow().network(shape, hidden=self.hidden, blocks=self.blocks)
+        return MAML(network, inner_steps=0, loss="mse")
+
+    def episodes(self, data: ClassSamples, seed: int) -> Episodes:
+        """A class a task."""
+        return Episodes(data, 1, self.shots, self.queries, self.tasks, seed, transform=self.flow())
+
+    def augmenter(self, learner: Any) -> Augmenter:
+        """The flow, which draws."""
+        return augment.Generator(learner, self.flow(), self.draw_steps, self.start)
+
+
+@dataclass(frozen=True)
+class Distil(Method):
+    """The samples that teach a network most of the few; nothing is meta-trained."""
+
+    steps: int = _option(300, "on the samples")
+    inner_lr: float = _option(0.02, "of training on the samples, at the start")
+    inner_steps: int = _option(10, "of training on the samples")
+    starts: int = _option(4, "networks a step, drawn anew")
+    lr: float = _option(0.02, "of Adam on the samples")
+    batch: int = _option(128, "real samples that judge a step")
+
+    def check(self, few: ClassSamples, per_class: int) -> None:
+        """Each of its samples begins as a real one."""
+        smallest = int(few.counts.sum(1).min())
+        if per_class > smallest:
+            raise ValueError(
+                f"per_class must be at most the samples of every class, each of which becomes one "
+                f"(got {per_class}; a class has {smallest})"
+            )
+
+    def augmenter(self, learner: Any) -> Augmenter:
+        """Distillation of what it is given."""
+        return _Distiller(self)
+
+
+@dataclass(frozen=True)
+class _Distiller:
+    method: Distil
+
+    def more(self, x: Tensor, y: Tensor, per_class: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+        """The learned samples `[ways * per_class, ...]` of bytes / 255, and their class ids."""
+        own, ways = self.method, int(y.max()) + 1
+        data = ClassSamples.from_classes({f"{label:09}": (x[y == label] * 255).round().byte() for label in range(ways)})
+        seed = int(torch.randint(2**31, (), generator=generator, device=x.device))
+        with torch.random.fork_rng([]):
+            torch.default_generator.manual_seed(seed)
+            model = strided_conv4(ways, x.shape[1:], own.hidden).to(x.device)
+        made = augment.distil(
+            model, data, per_class, steps=own.steps, inner_lr=own.inner_lr, inner_steps=own.inner_steps, lr=own.lr,
+            starts=own.starts, batch=own.batch, seed=seed,
+        )  # fmt: skip
+        return made.x.detach(), made.y
+
+
+METHODS: Mapping[str, type[Method]] = {
+    "policy": Policy,
+    "hallucinate": Hallucinate,
+    "generate": Generate,
+    "retrieve": Retrieve,
+    "distill": Distil,
+}
+"""By the name that the console program has for them."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How original and augmented data are compared: classifiers on each, with equal steps, over seeds.
+
+    Raises:
+        TypeError, ValueError: a number is no count.
+    """
+
+    seeds: int = 3
+    steps: int = 300
+
+    def __post_init__(self) -> None:
+        check_count("seeds", self.seeds, low=1)
+        check_count("judge_steps", self.steps, low=1)
+
+
+@dataclass(frozen=True)
+class Enlarged:
+    """What a run gave.
+
+    few, new, test: the classes, and what was made of them; new is None where a signal stopped the learning, test where
+    there is nothing to judge on. figures: accuracies. history: of meta-training; None where there was none. config: as
+    in the checkpoint. seconds: of each phase.
+    """
+
+    method: Method
+    learner: Learner | None
+    few: ClassSamples
+    new: ClassSamples | None
+    test: ClassSamples | None
+    figures: tuple[Figures, ...]
+    history: History | None
+    config: Mapping[str, Any]
+    seconds: Mapping[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a JSON report."""
+        made = {} if self.new is None else dict(zip(self.new.names, self.new.counts.sum(1).tolist(), strict=True))
+        counts = self.few.counts.sum(1).tolist()
+        rows = zip(self.few.names, folder_names(self.few.names), counts, strict=True)
+        classes = [
+            {"name": name, "folder": folder, "originals": count, "new": made.get(name, 0)}
+            for name, folder, count in rows
+        ]
+        return {
+            "versions": {"metaaug_fast": version("metaaug_fast"), "torch": torch.__version__},
+            "threads": torch.get_num_threads(),
+            **self.config,
+            "settings": asdict(self.method),
+            "classes": classes,
+            "held_out_pictures": 0 if self.test is None else int(self.test.counts.sum()),
+            "figures": [asdict(each) | {"mean": each.mean, "interval": each.interval} for each in self.figures],
+            "history": None if self.history is None else self.history.as_dict(),
+            "seconds": dict(self.seconds),
+        }
+
+
+def enlarge(
+    method: Method,
+    data: Part,
+    out: str | Path,
+    *,
+    few: str | Path | None = None,
+    test: str | Path | None = None,
+    classes: int = 5,
+    per_class: int = 20,
+    pool: Part | None = None,
+    learned: str | Path | None = None,
+    resume: bool = False,
+    size: int | None = None,
+    minutes: float | None = None,
+    seed: int = 0,
+    judge: Judge | None = None,
+    device: torch.device | str = "cpu",
+    say: Callable[[str], None] = print,
+    progress: bool = False,
+) -> Enlarged:
+    """Meta-train an augmenter, make more of a few pictures a class, write both as a folder, and judge it.
+
+    Into the folder `out` go `learned.safetensors`, the checkpoint, and `pictures`, a folder for each class with the
+    originals and then the new ones, as `mf.data.Folder` reads it; both are whole or as they were.
+
+    Args:
+        method: what is learned.
+        data: the training classes that it learns from; pictures in bytes.
+        few: a folder with a folder of pictures for each class, which are brought to the shape of `data`. None: classes
+            of the test split of `data`, with `method.shots` samples each.
+        test: such a folder of the same classes, to judge on. None: nothing is judged, or without `few`, the other
+            samples of the classes.
+        classes: how many, where `few` is None.
+        per_class: new samples of each class.
+        pool: the outside data set that `retrieve` finds samples in; where it is `data`, its validation split.
+        learned: a checkpoint of such a run, whose augmenter is taken; nothing is trained then.
+        resume: go on from the checkpoint in `out`, exactly as if there had been no stop.
+        size: side that pictures are brought to; None: those of a folder must have one size.
+        minutes: of training, at most.
+        seed: of weights, tasks, new classes and new samples.
+        judge: None: `Judge()`.
+        device: where all is computed.
+        say: gets a few lines of text.
+        progress: bars.
+
+    Raises:
+        TypeError, ValueError, OSError: an argument is out of range, or data are missing or unfit; before any work.
+        CheckpointError: the checkpoint is damaged or of another run.
+        FileWriteError: `out` cannot be written; nothing is half-written.
+    """
+    out, judge = Path(out), judge or Judge()
+    check_count("per_class", per_class, low=1)
+    check_count("classes", classes, low=2)
+    check_integer("seed", seed)
+    if test is not None and few is None:
+        raise ValueError("test must go with few, whose classes it has (got test alone)")
+    if (learned is not None or resume) and not isinstance(method, Learned):
+        raise ValueError(f"learned and resume must not be given for {name_of(method)}, which learns nothing before")
+    if learned is not None and resume:
+        raise ValueError("learned must not be given with resume, which goes on with learning (got both)")
+    config: dict[str, Any] = {"augment": name_of(method), "data": data.as_dict(), "seed": seed}
+    if pool is not None:
+        config["pool"] = pool.as_dict()
+    files.try_writing(out / "report.json")
+    files.try_writing_folder(out / PICTURES)
+    wanted = ["train"] if isinstance(method, Learned) and learned is None else []
+    sources: dict[str, Any] = make_sources(data, wanted + ["test"] * (few is None)) if wanted or few is None else {}
+    for source in sources.values():
+        _check_pictures("data", source, data.name)
+    shape = next((source.sample_shape for source in sources.values()), None)
+    if learned is not None:
+        shape = tuple(_configuration(learned, name_of(method))["sample_shape"])
+    own: ClassSamples
+    held_out: ClassSamples | None
+    if few is None:
+        own, held_out = _new_classes(_brought(data.name, sources["test"], shape, say), classes, method.shots, seed)
+    else:
+        own, held_out = _folders(few, test, shape, size, out, say)
+    shape = own.sample_shape
+    method.check(own, per_class)
+    outside = None if pool is None else _pool(pool, data, shape, say)
+    counts = own.counts.sum(1)
+    each = f"{counts.min()}" + (f" to {counts.max()}" if counts.min() < counts.max() else "")
+    judged = "" if held_out is None else f"; judged on {held_out.counts.sum():,} others"
+    say(f"{len(own)} classes of {each} samples; {per_class} new ones of each{judged}")
+    clock: dict[str, float] = {}
+    learner, history = None, None
+    if isinstance(method, Learned):
+        torch.default_generator.manual_seed(seed)
+        learner = method.learner(shape, outside).to(device)
+        if learned is not None:
+            _put_into(learner, learned)
+        else:
+            config |= {"sample_shape": list(shape), "settings": _lasting(method)}
+            with timed(clock, "meta-training"):
+                history = _trained(
+                    method, learner, sources["train"], out / LEARNED, config, seed, resume, minutes, progress
+                )
+    result = Enlarged(method, learner, own, None, held_out, (), history, config, clock)
+    if history is not None and history.stopped_by not in (None, TIME):
+        return result
+    with timed(clock, "making"):
+        new = augment.generate_augmented_data(method.augmenter(learner), own.to(device), per_class, seed).to("cpu")
+    write_pictures(out / PICTURES, own, new)
+    if held_out is None:
+        return dataclasses.replace(result, new=new)
+    with timed(clock, "judging"):
+        figures = compared(own.to(device), new.to(device), held_out.to(device), judge)
+    return dataclasses.replace(result, new=new, figures=figures)
+
+
+def name_of(method: Method) -> str:
+    """As in `METHODS`."""
+    return next(name for name, kind in METHODS.items() if type(method) is kind)
+
+
+def learned_method(path: str | Path, name: str, given: Mapping[str, Any]) -> Method:
+    """The method that a checkpoint is of, with its settings but for those given that concern what is made alone.
+
+    Raises:
+        FileNotFoundError, CheckpointError: there is none, or it is no checkpoint of this method.
+        ValueError: a setting is given that it has learned with.
+    """
+    kind = METHODS[name]
+    settings = _configuration(path, name)["settings"]
+    later = {each.name for each in dataclasses.fields(kind) if each.metadata["later"]}
+    if fixed := sorted(set(given) - later):
+        raise ValueError(f"{fixed[0]} must not be given with learned, whose own it is (got {given[fixed[0]]})")
+    try:
+        return kind(**{**settings, **given})
+    except TypeError as error:
+        raise CheckpointError(f"{path} has settings that are none of {name} ({in_one_line(error)})") from error
+
+
+def compared(few: ClassSamples, new: ClassSamples, test: ClassSamples, judge: Judge) -> tuple[Figures, ...]:
+    """Accuracies of classifiers trained on the original samples, and on these and the new ones, with equal steps.
+
+    >>> data = ClassSamples.from_arrays(torch.randint(0, 256, (24, 16, 16), dtype=torch.uint8), torch.arange(24) % 2)
+    >>> [each.way for each in compared(data, data, data, Judge(seeds=1, steps=2))]
+    ['original', 'original + augmented', 'original + augmented - original']
+    """
+    shots = int(few.counts.sum(1).min())
+    ways = {"original": few, "original + augmented": few + new}
+    before, after = (
+        Figures(
+            shots,
+            way,
+            tuple(
+                classifier_accuracy(train_classifier(data, steps=judge.steps, seed=seed), test)
+                for seed in range(judge.seeds)
+            ),
+        )
+        for way, data in ways.items()
+    )
+    return before, after, after.minus(before)
+
+
+def write_pictures(path: str | Path, few: ClassSamples, new: ClassSamples) -> None:
+    """A folder `<class>/<number>.png`, the originals of a class and then its new samples, whole or not there.
+
+    Raises:
+        FileWriteError: it cannot be written; an earlier one at `path` is as it was.
+    """
+    both = few + new
+    with files.writing_folder(path) as folder, files.naming(path):
+        for index, name in enumerate(folder_names(both.names)):
+            (folder / name).mkdir()
+            pictures = both.class_samples(index)
+            for number, picture in enumerate(pictures):
+                pixels = picture[0] if len(picture) == 1 else picture.permute(1, 2, 0)
+                Image.fromarray(pixels.contiguous().numpy()).save(
+                    folder / name / f"{number:0{len(str(len(pictures)))}}.png"
+                )
+
+
+def folder_names(names: Sequence[str]) -> list[str]:
+    """Names of classes as those of folders, each its own.
+
+    >>> folder_names(["cat", "Greek/alpha", "Greek:alpha", ".x", "Cat"])
+    ['cat', 'Greek_alpha', 'Greek_alpha 2', '_x', 'Cat 2']
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        plain = "".join("_" if each in '/\\:*?"<>|' or not each.isprintable() else each for each in name)
+        plain = plain.encode("utf-8", "replace")[:_SHOWN].decode("utf-8", "ignore").strip() or "_"
+        plain = f"_{plain[1:]}" if plain[0] == "." else plain
+        unique, number = plain, 1
+        while unique.casefold() in found:
+            number += 1
+            unique = f"{plain} {number}"
+        found[unique.casefold()] = unique
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Seconds of a phase."""
+    began = time.perf_counter()
+    yield
+    seconds[phase] = time.perf_counter() - began
+
+
+def _trained(
+    method: Learned,
+    learner: Learner,
+    data: ClassSamples,
+    path: Path,
+    config: Mapping[str, Any],
+    seed: int,
+    resume: bool,
+    minutes: float | None,
+    progress: bool,
+) -> History:
+    if resume:
+        _check_same(path, config)
+    every = max(1, method.steps // 10)
+    return train(
+        learner,
+        method.episodes(data, seed),
+        method.steps,
+        meta_lr=method.meta_lr,
+        minutes=minutes,
+        checkpoint=path,
+        checkpoint_every=every,
+        resume=path if resume else None,
+        config=config,
+        progress=progress,
+    )
+
+
+def _lasting(method: Method) -> dict[str, Any]:
+    """The settings that it learns with: not how long, nor what concerns the making alone."""
+    return {
+        each.name: getattr(method, each.name)
+        for each in dataclasses.fields(method)
+        if each.name != "steps" and (each.name == "shots" or not each.metadata["later"])
+    }
+
+
+def _configuration(path: str | Path, name: str) -> dict[str, Any]:
+    """What a checkpoint says of its run."""
+    content: Any = checkpoints.load(path).get("config")
+    if not isinstance(content, dict) or not {"augment", "settings", "sample_shape"} <= set(content):
+        raise CheckpointError(f"{path} is no checkpoint of metaaug-fast augment")
+    if content["augment"] != name:
+        raise CheckpointError(f"{path} must be of {name} (got one of {content['augment']})")
+    found: dict[str, Any] = content
+    return found
+
+
+def _check_same(path: Path, config: Mapping[str, Any]) -> None:
+    """ValueError unless the run that is to go on was started with these settings."""
+    before = _configuration(path, config["augment"])
+    for name in ("sample_shape", "seed", "data", "pool", "settings"):
+        one, other = before.get(name), config.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            for key in dict.fromkeys([*one, *other]):
+                if one.get(key) != other.get(key):
+                    raise ValueError(f"{key} must be {one.get(key)}, as {path} has it (got {other.get(key)})")
+        elif one != other:
+            raise ValueError(f"{name} must be {one}, as {path} has it (got {other})")
+
+
+def _put_into(learner: Learner, path: str | Path) -> None:
+    state = checkpoints.load(path).get("learner")
+    try:
+        check_state(learner, state)
+        learner.load_state_dict(state)  # type: ignore[arg-type]
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} does not fit its settings ({in_one_line(error)})") from error
+
+
+def _check_pictures(called: str, data: Any, got: str) -> None:
+    """ValueError unless data are pictures in bytes."""
+    if not isinstance(data, ClassSamples) or data.samples.dtype != torch.uint8 or len(data.sample_shape) != 3:
+        raise ValueError(f"{called} must be labelled pictures in bytes (got {got})")
+    if data.sample_shape[0] not in (1, 3):
+        raise ValueError(f"{called} must have 1 or 3 channels (got {data.sample_shape[0]} of {got})")
+
+
+def _brought(name: str, data: ClassSamples, shape: Sequence[int] | None, say: Callable[[str], None]) -> ClassSamples:
+    if shape is None:
+        return data
+    like = ClassSamples.from_classes({name: torch.zeros(1, *shape, dtype=torch.uint8)})
+    return brought(name, data, like, convert=True, say=say)
+
+
+def _new_classes(data: ClassSamples, classes: int, shots: int, seed: int) -> tuple[ClassSamples, ClassSamples]:
+    """Some classes, with so many samples of each, and with all others."""
+    if classes > len(data):
+        raise ValueError(f"classes must be at most those of the test split, {len(data)} (got {classes})")
+    few, others = {}, {}
+    for index in shuffled(len(data), seed)[:classes].tolist():
+        samples, name = data.class_samples(index), data.names[index]
+        if len(samples) <= shots:
+            raise ValueError(
+                f"shots must leave samples of every class to judge on (got {shots}; class {name!r} has {len(samples)})"
+            )
+        order = torch.from_numpy(shuffled(len(samples), seed))
+        few[name], others[name] = samples[order[:shots]], samples[order[shots:]]
+    return ClassSamples.from_classes(few), ClassSamples.from_classes(others)
+
+
+def _folders(
+    few: str | Path,
+    test: str | Path | None,
+    shape: Sequence[int] | None,
+    size: int | None,
+    out: Path,
+    say: Callable[[str], None],
+) -> tuple[ClassSamples, ClassSamples | None]:
+    """The pictures of a user's folder, and of that with others of the same classes."""
+    channels: Any = None if shape is None else shape[0]
+    found: dict[str, ClassSamples] = {}
+    for name, root in (("few", few), ("test", test)):
+        if root is None:
+            continue
+        if (out / PICTURES).resolve() in (Path(root).resolve(), *Path(root).resolve().parents):
+            raise ValueError(f"{name} must not lie in {out / PICTURES}, which is written anew (got {root})")
+        data = Folder(root, "all", size=size, channels=channels)
+        found[name] = _brought(str(root), data, shape, say)
+        channels, shape = data.sample_shape[0], found[name].sample_shape
+    own, held_out = found["few"], found.get("test")
+    if len({*own.names}) < len(own):
+        raise ValueError(f"few must have each class once (got {few}, which is divided and has one twice)")
+    if held_out is not None:
+        if {*own.names} != {*held_out.names}:
+            apart = sorted({*own.names} ^ {*held_out.names})[0]
+            raise ValueError(f"test must have the classes of few (got {apart!r} in one of them)")
+        held_out = held_out.subset(held_out.names.index(name) for name in own.names)
+    return own, held_out
+
+
+def _pool(pool: Part, data: Part, shape: Sequence[int], say: Callable[[str], None]) -> ClassSamples:
+    split = "validation" if pool == data else "all"
+    found = make_sources(pool, [split])[split]
+    _check_pictures("pool", found, pool.name)
+    assert isinstance(found, ClassSamples)
+    return _brought(pool.name, found, shape, say)
