@@ -140,7 +140,7 @@ BAD = [
     ([], "COMMAND"),
     (
         ["tarin"],
-        "COMMAND must be one of train, evaluate, transfer, list, explain, demo, bench "
+        "COMMAND must be one of train, evaluate, transfer, augment, list, explain, demo, bench "
         "(got 'tarin'; did you mean 'train'?)",
     ),
     (["train"], f"LEARNER must be one of {', '.join(LEARNERS)}, or module:attribute (got none)"),
