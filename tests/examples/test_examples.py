@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 NAMES = [path.stem for path in EXAMPLES]
@@ -44,7 +46,8 @@ def test_what_beats_what():
 
 
 def test_there_are_examples():
-    assert {"regression", "intents", "table", "recommendation", "navigation", "continual"} <= set(NAMES)
+    known = {"regression", "intents", "table", "recommendation", "navigation", "continual", "augment_your_own_folder"}
+    assert known <= set(NAMES)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=NAMES)
@@ -79,3 +82,24 @@ def test_intents_says_what_it_needs():
     assert done.returncode == 1
     assert "data_full.json" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("judged", [True, False])
+def test_augmenting_a_folder_of_ones_own(tmp_path, judged):
+    """Three commands that are shown, of a user's pictures, with and without others to judge on."""
+    for name in ("few", "others"):
+        for label in ("cat", "dog"):
+            (tmp_path / name / label).mkdir(parents=True)
+            for number in range(2):
+                pixels = np.random.default_rng().integers(0, 256, (30, 20, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / name / label / f"{number}.png")
+    path = next(path for path in EXAMPLES if path.stem == "augment_your_own_folder")
+    program = [sys.executable, str(path), "few", *(["others"] * judged), "--quick"]
+    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("$ metaaug-fast augment") == 3
+    assert len(tables(done.stdout)) == judged
+    pictures = tmp_path / "augmented" / "own" / "pictures"
+    assert sorted(each.name for each in pictures.glob("[!.]*")) == ["cat", "dog"]
+    assert all(len(list(each.iterdir())) == 32 for each in pictures.glob("[!.]*"))
