@@ -33,7 +33,8 @@ def generate_augmented_data(augmenter: Augmenter, data: Any, per_class: int, see
         seed: of all that is drawn. The same gives the same data, bit for bit.
 
     Raises:
-        TypeError, ValueError: the augmenter has no `more`, or does not take such samples; `per_class` is below 1.
+        TypeError, ValueError: the augmenter has no `more`, does not take such samples or gives none; `per_class` is
+            below 1.
 
     >>> import metaaug_fast as mf
     >>> few = mf.data.Glyphs().subset(range(5))
@@ -59,6 +60,8 @@ def generate_augmented_data(augmenter: Augmenter, data: Any, per_class: int, see
         made, labels = augmenter.more(inputs(x, like), y.to(like.device), per_class, generator)
     finally:
         module.train(training)
+    if not len(made):
+        raise ValueError("augmenter must give new samples (got none, as where nothing that is found is worth taking)")
     if x.dtype == torch.uint8:
         made = (made.clamp(0, 1) * 255).round()
     made, labels = made.to(x), labels.to(x.device)

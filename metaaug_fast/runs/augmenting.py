@@ -41,9 +41,9 @@ _SHOWN = 100
 """Characters of a class's name that its folder has at most: file systems take 255 bytes."""
 
 
-def _option(default: Any, help: str, later: bool = False) -> Any:
-    """later: an augmenter that has learned takes it, too."""
-    return field(default=default, metadata={"help": help, "later": later})
+def _option(default: Any, help: str, *, low: int = 1, share: bool = False, later: bool = False) -> Any:
+    """low: of a count. share: a number in 0..1. later: an augmenter that has learned takes it, too."""
+    return field(default=default, metadata={"help": help, "low": low, "share": share, "later": later})
 
 
 @dataclass(frozen=True)
@@ -55,23 +55,25 @@ class Method:
     """
 
     steps: int = _option(300, "meta-steps in all, those before a resumption included")
-    shots: int = _option(5, "samples a class, in meta-training and of the new classes where no folder is given", True)
+    shots: int = _option(
+        5, "samples a class, in meta-training and of the new classes where no folder is given", later=True
+    )
     hidden: int = _option(32, "channels of the network")
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
             value = getattr(self, each.name)
             if each.type == "int":
-                check_count(each.name, value, low=0 if each.name in ("inner_steps", "context") else 1)
-            if each.type == "float":
-                (check_probability if each.name in ("probability", "strength", "mix") else check_number)(
-                    each.name, value
-                )
+                check_count(each.name, value, each.metadata["low"])
+            elif each.type == "float":
+                (check_probability if each.metadata["share"] else check_number)(each.name, value)
+            elif not isinstance(value, str):
+                raise TypeError(f"{each.name} must be text (got {value!r})")
 
     def check(self, few: ClassSamples, per_class: int) -> None:
         """ValueError where it cannot make so many of such a few."""
 
-    def augmenter(self, learner: Any) -> Augmenter:
+    def augmenter(self, learner: Any, progress: bool = False) -> Augmenter:
         """What makes samples: of `learner`, which has learned, if there is one."""
         made: Augmenter = learner
         return made
@@ -100,7 +102,7 @@ class _Unrolled(Learned):
 
     ways: int = _option(5, "classes of a task in meta-training")
     inner_lr: float = _option(0.4, "of the learner that adapts on what was augmented")
-    inner_steps: int = _option(1, "of that learner")
+    inner_steps: int = _option(1, "of that learner", low=0)
 
     def maml(self, shape: Sequence[int]) -> MAML:
         """The learner that adapts."""
@@ -116,8 +118,8 @@ class Policy(_Unrolled):
     """Transforms, how often and how strongly."""
 
     transforms: str = _option("rotation,translation,scale,shear,elastic", "between commas")
-    probability: float = _option(0.5, "of each transform, at the start")
-    strength: float = _option(0.3, "of each transform, at the start")
+    probability: float = _option(0.5, "of each transform, at the start", share=True)
+    strength: float = _option(0.3, "of each transform, at the start", share=True)
     copies: int = _option(2, "of every support sample in meta-training, each transformed anew")
 
     def __post_init__(self) -> None:
@@ -156,7 +158,7 @@ class Retrieve(_Unrolled):
 
     found: int = _option(3, "samples of the pool that join each class of a task in meta-training")
     join: str = _option("samples", "as they are, or mixed with a sample of the class: samples, mixed")
-    mix: float = _option(0.5, "the part of a mixed sample that comes from the pool")
+    mix: float = _option(0.5, "the part of a mixed sample that comes from the pool", share=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -179,10 +181,10 @@ class Generate(Learned):
     blocks: int = _option(4, "of the network")
     tasks: int = _option(8, "classes a meta-step")
     repeats: int = _option(4, "noises and times of every picture")
-    context: int = _option(2, "pictures of the class that the network is shown")
+    context: int = _option(2, "pictures of the class that the network is shown", low=0)
     patch: int = _option(2, "side of the squares of pixels that become planes; must divide a picture's")
-    start: float = _option(0.4, "0: drawn from noise alone; the nearer to 1, the more alike to a real one", True)
-    draw_steps: int = _option(32, "of Euler's method in drawing", True)
+    start: float = _option(0.4, "0: drawn from noise alone; the nearer to 1, the more alike to a real one", later=True)
+    draw_steps: int = _option(32, "of Euler's method in drawing", later=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -202,7 +204,7 @@ class Generate(Learned):
         """A class a task."""
         return Episodes(data, 1, self.shots, self.queries, self.tasks, seed, transform=self.flow())
 
-    def augmenter(self, learner: Any) -> Augmenter:
+    def augmenter(self, learner: Any, progress: bool = False) -> Augmenter:
         """The flow, which draws."""
         return augment.Generator(learner, self.flow(), self.draw_steps, self.start)
 
@@ -227,14 +229,15 @@ class Distil(Method):
                 f"(got {per_class}; a class has {smallest})"
             )
 
-    def augmenter(self, learner: Any) -> Augmenter:
+    def augmenter(self, learner: Any, progress: bool = False) -> Augmenter:
         """Distillation of what it is given."""
-        return _Distiller(self)
+        return _Distiller(self, progress)
 
 
 @dataclass(frozen=True)
 class _Distiller:
     method: Distil
+    progress: bool
 
     def more(self, x: Tensor, y: Tensor, per_class: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         """The learned samples `[ways * per_class, ...]` of bytes / 255, and their class ids."""
@@ -246,7 +249,7 @@ class _Distiller:
             model = strided_conv4(ways, x.shape[1:], own.hidden).to(x.device)
         made = augment.distil(
             model, data, per_class, steps=own.steps, inner_lr=own.inner_lr, inner_steps=own.inner_steps, lr=own.lr,
-            starts=own.starts, batch=own.batch, seed=seed,
+            starts=own.starts, batch=own.batch, seed=seed, progress=self.progress,
         )  # fmt: skip
         return made.x.detach(), made.y
 
@@ -378,7 +381,7 @@ def enlarge(
         raise ValueError(f"learned and resume must not be given for {name_of(method)}, which learns nothing before")
     if learned is not None and resume:
         raise ValueError("learned must not be given with resume, which goes on with learning (got both)")
-    config: dict[str, Any] = {"augment": name_of(method), "data": data.as_dict(), "seed": seed}
+    config: dict[str, Any] = {"augment": name_of(method), "seed": seed}
     if pool is not None:
         config["pool"] = pool.as_dict()
     files.try_writing(out / "report.json")
@@ -387,9 +390,12 @@ def enlarge(
     sources: dict[str, Any] = make_sources(data, wanted + ["test"] * (few is None)) if wanted or few is None else {}
     for source in sources.values():
         _check_pictures("data", source, data.name)
+        config["data"] = data.as_dict()
     shape = next((source.sample_shape for source in sources.values()), None)
     if learned is not None:
-        shape = tuple(_configuration(learned, name_of(method))["sample_shape"])
+        before = _configuration(learned, name_of(method))
+        shape = tuple(before["sample_shape"])
+        config["learned"] = {"file": str(learned), "data": before["data"], "seed": before["seed"]}
     own: ClassSamples
     held_out: ClassSamples | None
     if few is None:
@@ -420,7 +426,8 @@ def enlarge(
     if history is not None and history.stopped_by not in (None, TIME):
         return result
     with timed(clock, "making"):
-        new = augment.generate_augmented_data(method.augmenter(learner), own.to(device), per_class, seed).to("cpu")
+        augmenter = method.augmenter(learner, progress)
+        new = augment.generate_augmented_data(augmenter, own.to(device), per_class, seed).to("cpu")
     write_pictures(out / PICTURES, own, new)
     if held_out is None:
         return dataclasses.replace(result, new=new)
@@ -560,7 +567,7 @@ def _lasting(method: Method) -> dict[str, Any]:
 def _configuration(path: str | Path, name: str) -> dict[str, Any]:
     """What a checkpoint says of its run."""
     content: Any = checkpoints.load(path).get("config")
-    if not isinstance(content, dict) or not {"augment", "settings", "sample_shape"} <= set(content):
+    if not isinstance(content, dict) or not {"augment", "data", "seed", "settings", "sample_shape"} <= set(content):
         raise CheckpointError(f"{path} is no checkpoint of metaaug-fast augment")
     if content["augment"] != name:
         raise CheckpointError(f"{path} must be of {name} (got one of {content['augment']})")
