@@ -176,7 +176,7 @@ class Retrieve(_Unrolled):
 class Generate(Learned):
     """New pictures, by a flow that is shown a few of the class."""
 
-    steps: int = _option(1000, "meta-steps in all, those before a resumption included")
+    steps: int = _option(500, "meta-steps in all, those before a resumption included")
     hidden: int = _option(48, "channels of the network")
     blocks: int = _option(4, "of the network")
     tasks: int = _option(8, "classes a meta-step")
