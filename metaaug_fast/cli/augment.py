@@ -17,7 +17,7 @@ from .. import files
 from ..augment import Augmented
 from ..report.plots import plot_policy, plot_samples
 from ..report.tables import plain
-from ..runs.augmenting import LEARNED, METHODS, PICTURES, Enlarged, Judge, Method, enlarge, learned_method
+from ..runs.augmenting import LEARNED, METHODS, Enlarged, Judge, Method, enlarge, learned_method
 from ..runs.config import Part, configure
 from ..runs.fields import parameters_of
 from ..runs.registry import DATA, find_data, is_data, nearest
@@ -84,8 +84,7 @@ def table(found: Enlarged) -> str:
 
 def _show(found: Enlarged, out: Path, device: torch.device) -> None:
     report = found.as_dict() | {"device": str(device), "sheet": "samples.png"}
-    with files.naming(out):
-        plot_samples(_sheet(found), out / "samples.png")
+    plot_samples(_sheet(found), out / "samples.png")
     if isinstance(found.learner, Augmented):
         policy = found.learner.policy
         print(f"\n{policy}")
@@ -100,7 +99,7 @@ def _show(found: Enlarged, out: Path, device: torch.device) -> None:
     else:
         print("\nnot judged: --test DIR names other pictures of the same classes")
     files.write_json(out / "report.json", report)
-    print(f"pictures: {out / PICTURES}; sheet: {out / 'samples.png'}; report: {out / 'report.json'}")
+    print(f"sheet: {out / 'samples.png'}; report: {out / 'report.json'}")
     if found.history is not None:
         print(f"for other pictures: metaaug-fast augment {report['augment']} --learned {out / LEARNED} --few DIR")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -37,6 +38,7 @@ from .transfer import Figures, brought
 LEARNED, PICTURES = "learned.safetensors", "pictures"
 """In the folder of a run: its checkpoint, and the augmented folder."""
 
+_TRANSFORMS = [name for name in augment.PICTURES if augment.TRANSFORMS[name].acts != "mix"]
 _SHOWN = 100
 """Characters of a class's name that its folder has at most: file systems take 255 bytes."""
 
@@ -117,7 +119,9 @@ class _Unrolled(Learned):
 class Policy(_Unrolled):
     """Transforms, how often and how strongly."""
 
-    transforms: str = _option("rotation,translation,scale,shear,elastic", "between commas")
+    transforms: str = _option(
+        "rotation,translation,scale,shear,elastic", f"between commas, of {', '.join(_TRANSFORMS)}"
+    )
     probability: float = _option(0.5, "of each transform, at the start", share=True)
     strength: float = _option(0.3, "of each transform, at the start", share=True)
     copies: int = _option(2, "of every support sample in meta-training, each transformed anew")
@@ -125,10 +129,10 @@ class Policy(_Unrolled):
     def __post_init__(self) -> None:
         super().__post_init__()
         policy = self.policy()
-        if others := [each.name for each in policy.transforms if each.of == "vectors"]:
-            raise ValueError(f"transforms must be of pictures (got {', '.join(others)})")
-        if mixes := policy.mixes:
-            raise ValueError(f"transforms must leave each sample one of its class (got {', '.join(mixes)})")
+        if others := [each.name for each in policy.transforms if each.name not in _TRANSFORMS]:
+            raise ValueError(
+                f"transforms must be of pictures, each of which stays one of its class (got {', '.join(others)})"
+            )
 
     def policy(self) -> augment.AugmentationPolicy:
         """As it is at the start."""
@@ -429,6 +433,7 @@ def enlarge(
         augmenter = method.augmenter(learner, progress)
         new = augment.generate_augmented_data(augmenter, own.to(device), per_class, seed).to("cpu")
     write_pictures(out / PICTURES, own, new)
+    say(f"pictures: {out / PICTURES}")
     if held_out is None:
         return dataclasses.replace(result, new=new)
     with timed(clock, "judging"):
@@ -564,9 +569,9 @@ def _lasting(method: Method) -> dict[str, Any]:
     }
 
 
-def _configuration(path: str | Path, name: str) -> dict[str, Any]:
+def _configuration(path: str | Path, name: str, load: Callable[..., Any] = checkpoints.load) -> dict[str, Any]:
     """What a checkpoint says of its run."""
-    content: Any = checkpoints.load(path).get("config")
+    content: Any = load(path).get("config")
     if not isinstance(content, dict) or not {"augment", "data", "seed", "settings", "sample_shape"} <= set(content):
         raise CheckpointError(f"{path} is no checkpoint of metaaug-fast augment")
     if content["augment"] != name:
@@ -577,7 +582,9 @@ def _configuration(path: str | Path, name: str) -> dict[str, Any]:
 
 def _check_same(path: Path, config: Mapping[str, Any]) -> None:
     """ValueError unless the run that is to go on was started with these settings."""
-    before = _configuration(path, config["augment"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of damage, which going on warns of
+        before = _configuration(path, config["augment"], lambda path: checkpoints.load_or_previous(path)[0])
     for name in ("sample_shape", "seed", "data", "pool", "settings"):
         one, other = before.get(name), config.get(name)
         if isinstance(one, dict) and isinstance(other, dict):
@@ -637,16 +644,16 @@ def _folders(
     say: Callable[[str], None],
 ) -> tuple[ClassSamples, ClassSamples | None]:
     """The pictures of a user's folder, and of that with others of the same classes."""
-    channels: Any = None if shape is None else shape[0]
     found: dict[str, ClassSamples] = {}
     for name, root in (("few", few), ("test", test)):
         if root is None:
             continue
-        if (out / PICTURES).resolve() in (Path(root).resolve(), *Path(root).resolve().parents):
+        place = Path(root).expanduser().resolve()
+        if (out / PICTURES).resolve() in (place, *place.parents):
             raise ValueError(f"{name} must not lie in {out / PICTURES}, which is written anew (got {root})")
-        data = Folder(root, "all", size=size, channels=channels)
+        data = Folder(root, "all", size=size)
         found[name] = _brought(str(root), data, shape, say)
-        channels, shape = data.sample_shape[0], found[name].sample_shape
+        shape = found[name].sample_shape
     own, held_out = found["few"], found.get("test")
     if len({*own.names}) < len(own):
         raise ValueError(f"few must have each class once (got {few}, which is divided and has one twice)")

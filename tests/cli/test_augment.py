@@ -132,7 +132,7 @@ def test_what_has_learned_serves_other_pictures(method, tmp_path, capsys):
     capsys.readouterr()
     assert run(tmp_path / "second", method, *BRIEF, *learned, *pool) == 0
     shown = capsys.readouterr().out
-    assert f"{few}: pictures (1, 20, 20) are brought to (1, 28, 28)" in shown
+    assert f"{few}: pictures (3, 20, 20) are brought to (1, 28, 28)" in shown
     assert "3 classes of 4 samples; 3 new ones of each; judged on 12 others" in shown
     assert "learned.safetensors" not in names(tmp_path / "second")
     report = json.loads((tmp_path / "second" / "report.json").read_text())
@@ -183,6 +183,27 @@ def test_a_resumed_run_is_the_uninterrupted_one(method, tmp_path):
     assert one["config"] == other["config"]
     assert all(torch.equal(value, other["learner"][name]) for name, value in one["learner"].items())
     assert files_of(tmp_path / "whole" / "pictures") == files_of(tmp_path / "parts" / "pictures")
+
+
+def test_a_damaged_checkpoint_goes_on_from_the_one_before(tmp_path, capsys):
+    assert run(tmp_path, *POLICY) == 0
+    before = checkpoint.load(tmp_path / "learned.safetensors")
+    assert run(tmp_path, *POLICY, "--steps", "5", "--resume") == 0
+    after = checkpoint.load(tmp_path / "learned.safetensors")
+    (tmp_path / "learned.safetensors").write_bytes(b"damage")
+    checkpoint.save(tmp_path / "learned.previous.safetensors", before)
+    capsys.readouterr()
+    assert run(tmp_path, *POLICY, "--steps", "5", "--resume") == 0
+    assert capsys.readouterr().err.count("going on from the checkpoint before it") == 1
+    found = checkpoint.load(tmp_path / "learned.safetensors")
+    assert all(torch.equal(value, found["learner"][name]) for name, value in after["learner"].items())
+
+
+def test_pictures_of_mixed_sizes_are_brought_to_one(tmp_path):
+    few = folder(tmp_path / "few")
+    Image.new("L", (31, 31)).save(few / "class2" / "9.png")
+    assert run(tmp_path / "out", *POLICY, "--few", str(few), "--size", "16") == 0
+    assert mf.data.Folder(tmp_path / "out" / "pictures", "all").sample_shape == (1, 16, 16)
 
 
 @pytest.mark.slow
@@ -277,8 +298,8 @@ def test_bad_input_is_one_line_before_any_work(tmp_path, capsys, monkeypatch):
         (["retrieve", "--pool", "few", "--join", "features"], "join must be one of samples, mixed (got 'features')"),
         (["policy", "--pool", "few"], "--pool is no option here"),
         (["policy", "--transforms", "rotate"], "is it 'rotation'?"),
-        (["policy", "--transforms", "rotation,mixup"], "leave each sample one of its class (got mixup)"),
-        (["policy", "--transforms", "dropout"], "transforms must be of pictures (got dropout)"),
+        (["policy", "--transforms", "rotation,mixup"], "stays one of its class (got mixup)"),
+        (["policy", "--transforms", "dropout"], "each of which stays one of its class (got dropout)"),
         (["policy", "--probability", "1.5"], "probability must be in 0..1 (got 1.5)"),
         (["policy", "--strength", "-1"], "strength must be >= 0 (got -1.0)"),
         (["policy", "--copies", "0"], "copies must be >= 1 (got 0)"),
