@@ -17,7 +17,7 @@ from .. import files
 from ..augment import Augmented
 from ..report.plots import plot_policy, plot_samples
 from ..report.tables import plain
-from ..runs.augmenting import LEARNED, METHODS, Enlarged, Judge, Method, enlarge, learned_method
+from ..runs.augmenting import LEARNED, METHODS, REPORT, Enlarged, Judge, Method, enlarge, learned_method
 from ..runs.config import Part, configure
 from ..runs.fields import parameters_of
 from ..runs.registry import DATA, find_data, is_data, nearest
@@ -98,8 +98,8 @@ def _show(found: Enlarged, out: Path, device: torch.device) -> None:
         print(f"\n{table(found)}\n  ({over}; equal steps; {report['held_out_pictures']:,} held-out samples)")
     else:
         print("\nnot judged: --test DIR names other pictures of the same classes")
-    files.write_json(out / "report.json", report)
-    print(f"sheet: {out / 'samples.png'}; report: {out / 'report.json'}")
+    files.write_json(out / REPORT, report)
+    print(f"sheet: {out / 'samples.png'}; report: {out / REPORT}")
     if found.history is not None:
         print(f"for other pictures: metaaug-fast augment {report['augment']} --learned {out / LEARNED} --few DIR")
 

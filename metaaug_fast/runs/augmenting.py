@@ -35,12 +35,12 @@ from .resume import check_state
 from .training import train
 from .transfer import Figures, brought
 
-LEARNED, PICTURES = "learned.safetensors", "pictures"
-"""In the folder of a run: its checkpoint, and the augmented folder."""
+LEARNED, PICTURES, REPORT = "learned.safetensors", "pictures", "report.json"
+"""In the folder of a run: its checkpoint, the augmented folder, and the report of it, which the caller writes."""
 
 _TRANSFORMS = [name for name in augment.PICTURES if augment.TRANSFORMS[name].acts != "mix"]
 _SHOWN = 100
-"""Characters of a class's name that its folder has at most: file systems take 255 bytes."""
+"""Bytes of a class's name that its folder has at most: file systems take 255, a number and more included."""
 
 
 def _option(default: Any, help: str, *, low: int = 1, share: bool = False, later: bool = False) -> Any:
@@ -378,7 +378,9 @@ def enlarge(
     out, judge = Path(out), judge or Judge()
     check_count("per_class", per_class, low=1)
     check_count("classes", classes, low=2)
-    check_integer("seed", seed)
+    check_integer("seed", seed, low=0)
+    if seed >= 2**63:
+        raise ValueError(f"seed must be below 2**63 (got {seed})")
     if test is not None and few is None:
         raise ValueError("test must go with few, whose classes it has (got test alone)")
     if (learned is not None or resume) and not isinstance(method, Learned):
@@ -388,7 +390,7 @@ def enlarge(
     config: dict[str, Any] = {"augment": name_of(method), "seed": seed}
     if pool is not None:
         config["pool"] = pool.as_dict()
-    files.try_writing(out / "report.json")
+    files.try_writing(out / REPORT)
     files.try_writing_folder(out / PICTURES)
     wanted = ["train"] if isinstance(method, Learned) and learned is None else []
     sources: dict[str, Any] = make_sources(data, wanted + ["test"] * (few is None)) if wanted or few is None else {}
@@ -433,6 +435,7 @@ def enlarge(
         augmenter = method.augmenter(learner, progress)
         new = augment.generate_augmented_data(augmenter, own.to(device), per_class, seed).to("cpu")
     write_pictures(out / PICTURES, own, new)
+    (out / REPORT).unlink(missing_ok=True)  # of pictures that are gone
     say(f"pictures: {out / PICTURES}")
     if held_out is None:
         return dataclasses.replace(result, new=new)

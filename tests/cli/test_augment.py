@@ -159,6 +159,14 @@ def test_pictures_of_ones_own_without_others_to_judge_on(tmp_path, capsys):
         assert np.array_equal(np.asarray(Image.open(one)), np.asarray(Image.open(other)))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_one_sample_of_a_class(method, tmp_path):
+    per_class = ["--per-class", "1"] if method == "distill" else []
+    assert run(tmp_path, *METHODS[method], "--shots", "1", "--judge-steps", "1", *per_class) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {each["originals"] for each in report["classes"]} == {1}
+
+
 def test_distilled_pictures_keep_their_own_shape(tmp_path):
     few = folder(tmp_path / "few", 20, 3)
     assert run(tmp_path / "out", *METHODS["distill"], "--few", str(few)) == 0
@@ -310,6 +318,8 @@ def test_bad_input_is_one_line_before_any_work(tmp_path, capsys, monkeypatch):
         (["policy", "--ways", "9999"], "ways"),
         (["policy", "--data", "sinusoid"], "data must be labelled pictures in bytes (got sinusoid)"),
         (["policy", "--data", "omniglot"], "data.root must be given"),
+        (["policy", "--seed", "-1"], "seed must be >= 0 (got -1)"),
+        (["policy", "--seed", str(2**64)], "seed must be below 2**63"),
         (["policy", "--seeds", "0"], "argument --seeds: must be an integer >= 1 (got 0)"),
         (["policy", "--copiez", "2"], "--copiez is no option here; did you mean '--copies'?"),
         (["generate", "--patch", "5"], "patch must divide the sides of pictures (got 5"),
@@ -356,6 +366,20 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, capsys, monkeypatch):
     assert files_of(earlier) == before
     assert "pictures" not in names(new)
     assert not [each for each in names(new) + names(earlier) if each.startswith(".")]
+
+
+def test_no_report_is_of_pictures_that_are_gone(tmp_path, monkeypatch):
+    """A run that is interrupted while classifiers judge has written its pictures, and not yet its report."""
+    assert run(tmp_path, *POLICY) == 0
+    before = files_of(tmp_path / "pictures")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("metaaug_fast.runs.augmenting.compared", interrupted)
+    assert run(tmp_path, *POLICY, "--seed", "5") == 128 + signal.SIGINT
+    assert files_of(tmp_path / "pictures") != before
+    assert "report.json" not in names(tmp_path)
 
 
 def test_an_unwritable_place(tmp_path, capsys):
