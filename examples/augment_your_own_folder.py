@@ -54,7 +54,7 @@ parser.add_argument("others", nargs="?", type=Path, metavar="OTHERS")
 parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
 options = parser.parse_args()
 few, others = (options.few, options.others) if options.few else write_letters(Path("letters"))
-steps, judging = (3, 2) if options.quick else (300, 150)
+steps, judging = (3, 2) if options.quick else (100, 150)
 own = ["--few", few, *(["--test", others] if others else []), "--per-class", 30, "--seeds", 5, "--judge-steps", judging]
 out = Path("augmented")
 

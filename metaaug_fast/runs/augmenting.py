@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 
 from .. import augment, files
 from ..augment import Augmenter, FlowTasks, Hallucination, PictureGenerator, Retrieval
-from ..checks import check_count, check_integer, check_number, check_probability
+from ..checks import check_choice, check_count, check_integer, check_number, check_probability
 from ..data import ClassSamples, Episodes
 from ..data.draws import shuffled
 from ..data.readers.folder import Folder
@@ -26,6 +26,7 @@ from ..errors import CheckpointError, in_one_line
 from ..learners.base import Learner
 from ..learners.maml import MAML
 from ..learners.supervised import classifier_accuracy, train_classifier
+from ..learners.unrolled import UnrolledLearner
 from ..models import strided_conv4
 from . import checkpoint as checkpoints
 from .build import make_sources
@@ -41,6 +42,10 @@ LEARNED, PICTURES, REPORT = "learned.safetensors", "pictures", "report.json"
 _TRANSFORMS = [name for name in augment.PICTURES if augment.TRANSFORMS[name].acts != "mix"]
 _SHOWN = 100
 """Bytes of a class's name that its folder has at most: file systems take 255, a number and more included."""
+
+
+THROUGH: Mapping[str, type[UnrolledLearner]] = {"scratch": augment.FromScratch, "maml": MAML}
+"""What adapts on augmented samples, by the name that an option has for it."""
 
 
 def _option(default: Any, help: str, *, low: int = 1, share: bool = False, later: bool = False) -> Any:
@@ -100,15 +105,22 @@ class Learned(Method):
 
 @dataclass(frozen=True)
 class _Unrolled(Learned):
-    """By MAML, through whose inner loop the gradient arrives."""
+    """Through the inner loop of networks that adapt on what was augmented."""
 
+    steps: int = _option(150, "meta-steps in all, those before a resumption included")
+    hidden: int = _option(16, "channels of the network")
     ways: int = _option(5, "classes of a task in meta-training")
-    inner_lr: float = _option(0.4, "of the learner that adapts on what was augmented")
-    inner_steps: int = _option(1, "of that learner", low=0)
+    through: str = _option("scratch", f"networks that begin anew in each task, or MAML's: {', '.join(THROUGH)}")
+    inner_lr: float = _option(0.05, "of these networks")
+    inner_steps: int = _option(15, "of these networks", low=0)
 
-    def maml(self, shape: Sequence[int]) -> MAML:
-        """The learner that adapts."""
-        return MAML(strided_conv4(self.ways, shape, self.hidden), self.inner_lr, self.inner_steps)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("through", self.through, THROUGH)
+
+    def adapting(self, shape: Sequence[int]) -> UnrolledLearner:
+        """The networks."""
+        return THROUGH[self.through](strided_conv4(self.ways, shape, self.hidden), self.inner_lr, self.inner_steps)
 
     def episodes(self, data: ClassSamples, seed: int) -> Episodes:
         """Few-shot tasks of these classes."""
@@ -140,8 +152,8 @@ class Policy(_Unrolled):
         return augment.AugmentationPolicy(names, self.probability, self.strength, copies=self.copies, originals=True)
 
     def learner(self, shape: Sequence[int], pool: ClassSamples | None) -> Learner:
-        """MAML and the policy."""
-        return augment.Augmented(self.maml(shape), self.policy())
+        """The networks and the policy."""
+        return augment.Augmented(self.adapting(shape), self.policy())
 
 
 @dataclass(frozen=True)
@@ -152,8 +164,8 @@ class Hallucinate(_Unrolled):
     noise: int = _option(16, "numbers that a sample is made of, beside another one")
 
     def learner(self, shape: Sequence[int], pool: ClassSamples | None) -> Learner:
-        """MAML, and the generator."""
-        return Hallucination(self.maml(shape), PictureGenerator(shape[0], self.noise), self.made, self.noise)
+        """The networks, and the generator."""
+        return Hallucination(self.adapting(shape), PictureGenerator(shape[0], self.noise), self.made, self.noise)
 
 
 @dataclass(frozen=True)
@@ -170,10 +182,10 @@ class Retrieve(_Unrolled):
             raise ValueError(f"join must be one of samples, mixed (got {self.join!r})")
 
     def learner(self, shape: Sequence[int], pool: ClassSamples | None) -> Learner:
-        """MAML with the pool, in which pixels say what is near."""
+        """The networks with the pool, in which pixels say what is near."""
         if pool is None:
             raise ValueError("pool must be given for retrieve (got none)")
-        return Retrieval(self.maml(shape), pool, per_class=self.found, join=self.join, mix=self.mix)
+        return Retrieval(self.adapting(shape), pool, per_class=self.found, join=self.join, mix=self.mix)
 
 
 @dataclass(frozen=True)

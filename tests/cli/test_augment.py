@@ -18,12 +18,13 @@ from metaaug_fast.runs import checkpoint
 
 QUICK = ["--tasks", "2", "--queries", "2", "--shots", "2", "--hidden", "4", "--steps", "3"]
 BRIEF = ["--judge-steps", "2", "--seeds", "2", "--threads", "1", "--quiet", "--per-class", "3"]
-POLICY = ["policy", *QUICK, *BRIEF, "--ways", "3", "--transforms", "rotation,noise"]
+LOOP = ["--ways", "3", "--inner-steps", "2"]
+POLICY = ["policy", *QUICK, *BRIEF, *LOOP, "--transforms", "rotation,noise"]
 METHODS = {
     "policy": POLICY,
-    "hallucinate": ["hallucinate", *QUICK, *BRIEF, "--ways", "3", "--made", "1", "--noise", "3"],
+    "hallucinate": ["hallucinate", *QUICK, *BRIEF, *LOOP, "--made", "1", "--noise", "3"],
     "generate": ["generate", *QUICK, *BRIEF, "--blocks", "1", "--repeats", "1", "--draw-steps", "3"],
-    "retrieve": ["retrieve", *QUICK, *BRIEF, "--ways", "3", "--found", "2", "--pool", "glyphs"],
+    "retrieve": ["retrieve", *QUICK, *BRIEF, *LOOP, "--found", "2", "--pool", "glyphs"],
     "distill": [
         "distill",
         "--shots",
@@ -109,6 +110,13 @@ def test_more_of_new_classes(method, tmp_path, capsys):
     if method != "distill":
         assert report["history"]["training"][-1]["step"] == 3
         assert "learned.safetensors" in names(out)
+
+
+@pytest.mark.parametrize("method", ["policy", "hallucinate", "retrieve"])
+def test_learning_through_maml(method, tmp_path):
+    assert run(tmp_path, *METHODS[method], "--through", "maml") == 0
+    state = checkpoint.load(tmp_path / "learned.safetensors")
+    assert state["config"]["settings"]["through"] == "maml"
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -253,7 +261,7 @@ def test_what_does_not_fit_a_checkpoint(tmp_path, capsys):
     short = tmp_path / "short.safetensors"
     checkpoint.save(short, {**content, "learner": {}})
     for given, message in (
-        ([*POLICY, "--resume", "--inner-lr", "0.1", "--out", str(out)], "inner_lr must be 0.4, as"),
+        ([*POLICY, "--resume", "--inner-lr", "0.1", "--out", str(out)], "inner_lr must be 0.05, as"),
         ([*POLICY, "--resume", "--seed", "3", "--out", str(out)], "seed must be 0, as"),
         ([*POLICY, "--resume", "--out", str(tmp_path / "new")], "no checkpoint at"),
         ([*METHODS["hallucinate"], "--resume", "--out", str(out)], "must be of hallucinate (got one of policy)"),
@@ -310,6 +318,7 @@ def test_bad_input_is_one_line_before_any_work(tmp_path, capsys, monkeypatch):
         (["policy", "--transforms", "dropout"], "each of which stays one of its class (got dropout)"),
         (["policy", "--probability", "1.5"], "probability must be in 0..1 (got 1.5)"),
         (["policy", "--strength", "-1"], "strength must be >= 0 (got -1.0)"),
+        (["policy", "--through", "protonet"], "through must be one of scratch, maml (got 'protonet')"),
         (["policy", "--copies", "0"], "copies must be >= 1 (got 0)"),
         (["policy", "--steps", "0"], "steps must be >= 1 (got 0)"),
         (["policy", "--shots", "25"], "shots must leave samples of every class to judge on (got 25; class"),

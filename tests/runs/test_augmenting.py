@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("fresh_numbers")
 
 GLYPHS = Part("glyphs", {})
 TINY = {"steps": 2, "shots": 2, "hidden": 4, "tasks": 2, "queries": 2}
-POLICY = Policy(**TINY, ways=3, transforms="noise, rotation")
+POLICY = Policy(**TINY, ways=3, inner_steps=2, transforms="noise, rotation")
 BRIEF = {"per_class": 2, "judge": Judge(1, 1), "say": lambda text: None}
 
 
@@ -147,14 +147,14 @@ def test_a_start_near_one_draws_what_is_given(tmp_path):
 
 
 def test_a_pool_of_the_data_itself_is_its_validation_split(tmp_path):
-    method = Retrieve(**TINY, ways=3, found=1)
+    method = Retrieve(**TINY, ways=3, inner_steps=2, found=1)
     found = enlarge(method, GLYPHS, tmp_path, pool=GLYPHS, **BRIEF)
     expected = mf.data.Glyphs(split="validation")
     assert len(found.learner.pool) == expected.counts.sum()
 
 
 def test_retrieval_of_nothing_is_an_error_that_says_so(tmp_path):
-    method = Retrieve(**TINY, ways=3, found=1)
+    method = Retrieve(**TINY, ways=3, inner_steps=2, found=1)
     enlarge(method, GLYPHS, tmp_path / "one", pool=GLYPHS, **BRIEF)
     path = tmp_path / "one" / "learned.safetensors"
     state = checkpoint.load(path)
