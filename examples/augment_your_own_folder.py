@@ -58,7 +58,7 @@ steps, judging = (3, 2) if options.quick else (100, 150)
 own = ["--few", few, *(["--test", others] if others else []), "--per-class", 30, "--seeds", 5, "--judge-steps", judging]
 out = Path("augmented")
 
-command("augment", "policy", "--steps", steps, "--seeds", 1, "--judge-steps", judging, "--out", out / "letters")
+command("augment", "policy", "--steps", steps, "--seeds", 1, "--judge-steps", judging // 2, "--out", out / "letters")
 command("augment", "policy", "--learned", out / "letters" / "learned.safetensors", *own, "--out", out / "own")
 command("augment", "hallucinate", "--steps", steps, *own, "--out", out / "hallucinated")
 
