@@ -17,9 +17,10 @@ from .. import files
 from ..augment import Augmented
 from ..report.plots import plot_policy, plot_samples
 from ..report.tables import plain
-from ..runs.augmenting import LEARNED, METHODS, REPORT, Enlarged, Judge, Method, enlarge, learned_method
+from ..runs.augmenting import LEARNED, REPORT, Enlarged, Judge, enlarge, learned_method
 from ..runs.config import Part, configure
 from ..runs.fields import parameters_of
+from ..runs.methods import METHODS, Method
 from ..runs.registry import DATA, find_data, is_data, nearest
 from . import options as kind
 from .options import Parser, add_machine_options, options_of, use_machine

@@ -13,13 +13,7 @@ from metaaug_fast.errors import CheckpointError
 from metaaug_fast.learners.supervised import classifier_accuracy, train_classifier
 from metaaug_fast.runs import checkpoint
 from metaaug_fast.runs.augmenting import (
-    METHODS,
-    Distil,
-    Generate,
-    Hallucinate,
     Judge,
-    Policy,
-    Retrieve,
     compared,
     enlarge,
     folder_names,
@@ -27,6 +21,7 @@ from metaaug_fast.runs.augmenting import (
     write_pictures,
 )
 from metaaug_fast.runs.config import Part
+from metaaug_fast.runs.methods import METHODS, Distil, Generate, Hallucinate, Policy, Retrieve
 
 pytestmark = pytest.mark.usefixtures("fresh_numbers")
 
