@@ -189,4 +189,8 @@ def _takes(data: str) -> dict[str, Any]:
 
 def _pool(text: str) -> Part:
     """A folder, or what `NAME=DIR` or `NAME` names."""
-    return Part("folder", {"root": text}) if Path(text).is_dir() else part_of("pool", text)
+    if Path(text).is_dir():
+        return Part("folder", {"root": text})
+    if not {"=", ":"} & {*text} and text not in DATA.names():
+        raise ValueError(f"pool must be a folder, or one of {', '.join(DATA.names())} (got {text!r})")
+    return part_of("pool", text)

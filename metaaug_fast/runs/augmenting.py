@@ -418,6 +418,8 @@ def _folders(
         if root is None:
             continue
         place = Path(root).expanduser().resolve()
+        if not Path(root).is_dir():
+            raise ValueError(f"{name} must be a folder with a folder for each class (there is none at {root})")
         if (out / PICTURES).resolve() in (place, *place.parents):
             raise ValueError(f"{name} must not lie in {out / PICTURES}, which is written anew (got {root})")
         data = Folder(root, "all", size=size)
