@@ -192,5 +192,6 @@ def _pool(text: str) -> Part:
     if Path(text).is_dir():
         return Part("folder", {"root": text})
     if not {"=", ":"} & {*text} and text not in DATA.names():
-        raise ValueError(f"pool must be a folder, or one of {', '.join(DATA.names())} (got {text!r})")
+        near = nearest(text, DATA.names())
+        raise ValueError(f"pool must be a folder, or one of {', '.join(DATA.names())} (got {text!r}{near})")
     return part_of("pool", text)
