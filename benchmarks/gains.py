@@ -8,19 +8,21 @@ each, and a new network, `conv4` of 32 filters, is trained on both together and 
 steps; the network's weights and the labelled samples of a seed are the same for all.
 
 "By hand" is what is usual: turns, shifts and scales of characters, mirrored and shifted colour pictures. "Random
-policy" has the learned policy's probabilities and strengths dealt out to its transforms anew in each seed. Distilled
-samples are learned from the few alone, as many as these. Batch norms go by running statistics: no accuracy is
-transductive. Means over seeds with 95 % intervals by Student's t; differences are of pairs of a seed. An hour and a
-half on a core.
+policy" has the learned policy's probabilities and strengths dealt out to its transforms anew in each seed. "Policy on
+generator's" transforms the samples and a quarter as many generated ones. Distilled samples are learned from the few
+alone, as many as these. Batch norms go by running statistics: no accuracy is transductive. Means over seeds with 95 %
+intervals by Student's t; differences are of pairs of a seed. An hour and a half on a core.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import time
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -197,47 +199,66 @@ def distilled(few: ClassSamples, seed: int) -> ClassSamples:
 
 def more_of(problem: Problem) -> dict[str, Callable[[ClassSamples, int], ClassSamples | None]]:
     """How the few of a seed become more, by the name of a row; None: they stay as they are."""
-    began = time.perf_counter()
-    learned = {}
-    for name, learn in LEARNED.items():
-        torch.manual_seed(0)
-        learned[name] = learn(problem)
-        tqdm.write(f"{name} learned in {(time.perf_counter() - began) / 60:.1f} minutes")
-        began = time.perf_counter()
-    tqdm.write(str(learned["policy"]))
 
-    def by(augmenter: Any, extra: int = EXTRA) -> Callable[[ClassSamples, int], ClassSamples]:
-        return lambda few, seed: generate_augmented_data(augmenter, few, extra, seed)
+    @cache
+    def learned(name: str) -> Any:
+        began = time.perf_counter()
+        torch.manual_seed(0)
+        augmenter = LEARNED[name](problem)
+        tqdm.write(f"{name} learned in {(time.perf_counter() - began) / 60:.1f} minutes")
+        if isinstance(augmenter, AugmentationPolicy):
+            tqdm.write(str(augmenter))
+        return augmenter
+
+    def by(name: str, few: ClassSamples, seed: int, extra: int = EXTRA) -> ClassSamples:
+        return generate_augmented_data(learned(name), few, extra, seed)
 
     return {
         "original only": lambda few, seed: None,
-        "by hand": by(problem.by_hand),
-        "random policy": lambda few, seed: by(dealt_out(learned["policy"], seed))(few, seed),
-        **{name: by(augmenter) for name, augmenter in learned.items()},
+        "by hand": lambda few, seed: generate_augmented_data(problem.by_hand, few, EXTRA, seed),
+        "random policy": lambda few, seed: generate_augmented_data(
+            dealt_out(learned("policy"), seed), few, EXTRA, seed
+        ),
+        **{name: partial(by, name) for name in LEARNED},
         "policy and hallucination": lambda few, seed: (
-            by(learned["policy"], EXTRA // 2)(few, seed) + by(learned["hallucination"], EXTRA // 2)(few, seed)
+            by("policy", few, seed, EXTRA // 2) + by("hallucination", few, seed, EXTRA // 2)
+        ),
+        "policy on generator's": lambda few, seed: by(
+            "policy", few + by("generator", few, seed, EXTRA // 4), seed, EXTRA
         ),
         "distilled": distilled,
     }
 
 
-def figures(name: str, problem: Problem, seeds: int) -> dict[tuple[str, int], Figures]:
-    """Accuracies over seeds, by row and labels a class."""
+def accuracies(problem: Problem, more: Callable[[ClassSamples, int], Any], seeds: int) -> dict[str, list[float]]:
+    """Of a row, by labels a class, a number for each seed."""
+    found: dict[str, list[float]] = {str(shots): [] for shots in SHOTS}
+    for seed in range(seeds):
+        judging, pool = problem.split(seed)
+        for shots in SHOTS:
+            few = first(pool, shots)
+            extra = more(few, seed)
+            with torch.random.fork_rng([]):
+                torch.manual_seed(seed)
+                classifier = mf.models.conv4(len(few), few.sample_shape, hidden=FILTERS)
+            mf.train_classifier(few if extra is None else few + extra, classifier, steps=STEPS, seed=seed)
+            found[str(shots)].append(mf.classifier_accuracy(classifier, judging))
+    return found
+
+
+def figures(name: str, problem: Problem, seeds: int, path: Path) -> dict[tuple[str, int], Figures]:
+    """Accuracies over seeds, by row and labels; rows that `path` holds for as many seeds are taken from there."""
+    known = json.loads(path.read_text()) if path.exists() else {}
     rows = more_of(problem)
-    found: dict[tuple[str, int], list[float]] = {(row, shots): [] for row in rows for shots in SHOTS}
-    with tqdm(total=seeds * len(found), desc=name, mininterval=10) as bar:
-        for seed in range(seeds):
-            judging, pool = problem.split(seed)
-            for row, shots in found:
-                few = first(pool, shots)
-                more = rows[row](few, seed)
-                with torch.random.fork_rng([]):
-                    torch.manual_seed(seed)
-                    classifier = mf.models.conv4(len(few), few.sample_shape, hidden=FILTERS)
-                mf.train_classifier(few if more is None else few + more, classifier, steps=STEPS, seed=seed)
-                found[row, shots].append(mf.classifier_accuracy(classifier, judging))
-                bar.update()
-    return {key: Figures(key[1], key[0], tuple(values)) for key, values in found.items()}
+    for row, more in tqdm(rows.items(), desc=name):
+        if {len(each) for each in known.get(row, {}).values()} != {seeds}:
+            known[row] = accuracies(problem, more, seeds)
+            write_json(path, known)
+    return {
+        (row, int(shots)): Figures(int(shots), row, tuple(values))
+        for row in rows
+        for shots, values in known[row].items()
+    }
 
 
 def table(name: str, found: dict[tuple[str, int], Figures]) -> str:
@@ -267,7 +288,13 @@ def main() -> None:
     parser.add_argument("--problems", nargs="+", help="some of Omniglot, MNIST, CIFAR-10 (all)")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("bench/gains"), metavar="DIR", help="for all accuracies")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("bench/gains"),
+        metavar="DIR",
+        help="of accuracies, kept row by row: an interrupted run goes on",
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()
@@ -275,11 +302,7 @@ def main() -> None:
         if options.problems and name not in options.problems:
             continue
         began = time.perf_counter()
-        found = figures(name, make(), options.seeds)
-        write_json(
-            options.out / f"{name.lower()}.json",
-            {row: {str(shots): found[row, shots].accuracies for shots in SHOTS} for row, _ in found},
-        )
+        found = figures(name, make(), options.seeds, options.out / f"{name.lower()}.json")
         machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {options.threads} threads"
         minutes = (time.perf_counter() - began) / 60
         print(f"{table(name, found)}\n\n{options.seeds} seeds, {minutes:.0f} minutes; {machine}\n", flush=True)
