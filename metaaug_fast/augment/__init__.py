@@ -1,5 +1,6 @@
 """Augmentation: learned, of what tasks adapt on, for how well they then do on real queries; and of whole tasks."""
 
+from ..learners.supervised import classifier_accuracy, train_classifier
 from .augmented import Augmented
 from .distil import DistilledSet, distil
 from .enlarge import Augmenter, generate_augmented_data
@@ -51,8 +52,10 @@ __all__ = [
     "ShuffleLabels",
     "Transform",
     "VectorGenerator",
+    "classifier_accuracy",
     "distil",
     "generate_augmented_data",
     "random_starts",
     "support_network",
+    "train_classifier",
 ]
