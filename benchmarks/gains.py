@@ -266,14 +266,16 @@ def table(name: str, found: dict[tuple[str, int], Figures]) -> str:
     rows = []
     for row in dict.fromkeys(row for row, _ in found):
         cells = [percent(found[row, shots]) for shots in SHOTS]
-        gains = [percent(found[row, shots].minus(found["original only", shots]), "+") for shots in SHOTS]
-        beside = [percent(found[row, shots].minus(found["by hand", shots]), "+") for shots in (1, 5)]
-        rows.append((row, *cells, *gains, *beside))
+        beside = [
+            percent(found[row, shots].minus(found[other, shots]), "+")
+            for other in ("original only", "by hand")
+            for shots in (1, 5)
+        ]
+        rows.append((row, *cells, *beside))
     head = (
         f"{name}, labels a class",
         *map(str, SHOTS),
-        *(f"gain at {shots}" for shots in SHOTS),
-        *(f"beside by hand at {shots}" for shots in (1, 5)),
+        *(f"{gain} at {shots}" for gain in ("gain", "beside by hand") for shots in (1, 5)),
     )
     return markdown(head, rows)
 
