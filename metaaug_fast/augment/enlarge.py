@@ -43,7 +43,9 @@ def generate_augmented_data(augmenter: Augmenter, data: Any, per_class: int, see
     ClassSamples(5 classes, 30 to 30 samples each of shape (1, 28, 28))
     """
     if not callable(getattr(augmenter, "more", None)):
-        raise TypeError(f"augmenter must have a method more(x, y, per_class, generator) (got {augmenter!r})")
+        raise TypeError(
+            f"augmenter must have a method more(x, y, per_class, generator) (got {type(augmenter).__name__})"
+        )
     check_count("per_class", per_class, low=1)
     check_integer("seed", seed)
     data = data if isinstance(data, ClassSamples) else ClassSamples.from_dataset(data)
