@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ..checks import check_integer
 from ..learners.base import Learner, one_task_too
 from ..tasks import MetaOutput, TaskBatch
-from .parts import check_second_order
+from .parts import Around, check_second_order
 from .policy import AugmentationPolicy
 from .transforms import Drawn
 
@@ -20,7 +20,7 @@ _POLICY_RATE = 30.0
 """How much faster than weights the policy learns: its numbers are logits."""
 
 
-class Augmented(Learner):
+class Augmented(Around):
     """A learner that adapts on what a policy makes of support sets, as one that `mf.train` trains.
 
         minimise the mean over tasks of loss(learner adapted to policy(S); query)      over the learner and the policy
@@ -60,26 +60,6 @@ class Augmented(Learner):
         self.policy = policy
         self.seed = seed
         self.encoder = learner.encoder  # type: ignore[misc]
-
-    @property
-    def inner_steps(self) -> int | None:  # type: ignore[override]
-        """The learner's."""
-        return self.learner.inner_steps
-
-    @property
-    def first_order(self) -> bool:  # type: ignore[override]
-        """The learner's."""
-        return self.learner.first_order
-
-    @property
-    def loss(self) -> Any:  # type: ignore[override]
-        """The learner's; AttributeError where it has none."""
-        return self.learner.loss
-
-    @property
-    def transductive(self) -> bool:
-        """The learner's."""
-        return self.learner.transductive
 
     def optimizers(self, lr: float | None = None) -> list[Optimizer]:
         """The learner's, and Adam, of a rate 30 times as high, on the policy."""

@@ -12,10 +12,10 @@ from ..checks import check_count, check_integer
 from ..engine.encoding import encode
 from ..learners.base import Learner, one_task_too
 from ..tasks import MetaOutput, TaskBatch, check_tensor
-from .parts import Behind, check_second_order, checked_few, in_turn, labels_of
+from .parts import Around, Behind, check_second_order, checked_few, in_turn, labels_of
 
 
-class Hallucination(Learner):
+class Hallucination(Around):
     """A learner that learns tasks from their support sets and from samples that a generator G makes of these.
 
         S_G = {(G(x, z), y)}       `per_class` of each class, x its support samples in turn, z ~ N(0, I)
@@ -77,26 +77,6 @@ class Hallucination(Learner):
         self.noise = noise
         self.register_buffer("turns", torch.randn(per_class, noise, generator=torch.Generator().manual_seed(seed)))
         self.encoder = learner.encoder  # type: ignore[misc]
-
-    @property
-    def inner_steps(self) -> int | None:  # type: ignore[override]
-        """The learner's."""
-        return self.learner.inner_steps
-
-    @property
-    def first_order(self) -> bool:  # type: ignore[override]
-        """The learner's."""
-        return self.learner.first_order
-
-    @property
-    def loss(self) -> Any:  # type: ignore[override]
-        """The learner's; AttributeError where it has none."""
-        return self.learner.loss
-
-    @property
-    def transductive(self) -> bool:
-        """The learner's."""
-        return self.learner.transductive
 
     def forward(self, tasks: TaskBatch, *, steps: int | None = None) -> MetaOutput:
         """Adapt to every task's support set and what is made of it, and judge the result on its query set.

@@ -17,7 +17,7 @@ from ..learners.base import Learner, class_means, class_members, one_task_too
 from ..learners.supervised import inputs, labelled
 from ..learners.unrolled import UnrolledLearner
 from ..tasks import MetaOutput, TaskBatch, check_samples, check_tensor, class_ids
-from .parts import Behind, checked_few, labels_of
+from .parts import Around, Behind, checked_few, labels_of
 
 JOINS = ("samples", "mixed", "features")
 
@@ -39,7 +39,7 @@ class Found(NamedTuple):
     worth: Tensor
 
 
-class Retrieval(Learner):
+class Retrieval(Around):
     """MAML, or a relative, whose support sets S grow by what is nearest to them in another set of samples, the pool.
 
         c_k = mean of f(x) over the support samples of class k
@@ -121,26 +121,6 @@ class Retrieval(Learner):
                 _settle_norms(self.features, self.pool)
             parts = [self._features(part[None])[0] for part in self.pool.split(_PART)]
         self.register_buffer("pool_features", torch.cat(parts), persistent=False)
-
-    @property
-    def inner_steps(self) -> int:  # type: ignore[override]
-        """The learner's."""
-        return self.learner.inner_steps
-
-    @property
-    def first_order(self) -> bool:  # type: ignore[override]
-        """The learner's."""
-        return self.learner.first_order
-
-    @property
-    def loss(self) -> Any:  # type: ignore[override]
-        """The learner's."""
-        return self.learner.loss
-
-    @property
-    def transductive(self) -> bool:
-        """The learner's."""
-        return self.learner.transductive
 
     def train(self, mode: bool = True) -> Retrieval:
         """The mode of the learner; features stay in evaluation mode."""
