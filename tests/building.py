@@ -4,8 +4,10 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from metaaug_fast.data import Episodes, Sinusoids
@@ -17,6 +19,18 @@ from tests.exactness import rand, randn
 
 T, S, Q, F, C = 3, 6, 5, 4, 3  # tasks, support and query samples, features, classes
 backends = pytest.mark.parametrize("backend", ["fused", "fallback"])
+
+
+def picture_folder(root, size=28, channels=1, classes=3, each=4, seed=0):
+    """`root`, with a folder of random pictures for each class."""
+    generator = np.random.default_rng(seed)
+    for name in range(classes):
+        (root / f"class{name}").mkdir(parents=True)
+        for number in range(each):
+            shape = (size, size) if channels == 1 else (size, size, 3)
+            pixels = generator.integers(0, 256, shape, dtype=np.uint8)
+            Image.fromarray(pixels).save(root / f"class{name}" / f"{number}.png")
+    return root
 
 
 def perceptron(*middle: nn.Module) -> nn.Sequential:

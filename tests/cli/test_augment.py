@@ -15,6 +15,7 @@ from PIL import Image
 import metaaug_fast as mf
 from metaaug_fast.cli.main import main
 from metaaug_fast.runs import checkpoint
+from tests.building import picture_folder
 
 QUICK = ["--tasks", "2", "--queries", "2", "--shots", "2", "--hidden", "4", "--steps", "3"]
 BRIEF = ["--judge-steps", "2", "--seeds", "2", "--threads", "1", "--quiet", "--per-class", "3"]
@@ -40,17 +41,6 @@ METHODS = {
         *BRIEF,
     ],
 }
-
-
-def folder(root, size=28, channels=1, classes=3, each=4, seed=0):
-    generator = np.random.default_rng(seed)
-    for name in range(classes):
-        (root / f"class{name}").mkdir(parents=True)
-        for number in range(each):
-            shape = (size, size) if channels == 1 else (size, size, 3)
-            pixels = generator.integers(0, 256, shape, dtype=np.uint8)
-            Image.fromarray(pixels).save(root / f"class{name}" / f"{number}.png")
-    return root
 
 
 def names(path):
@@ -133,9 +123,9 @@ def test_the_same_seed_gives_the_same_pictures(method, tmp_path):
 def test_what_has_learned_serves_other_pictures(method, tmp_path, capsys):
     """Of a user's folder, of another size and in colour, without meta-training."""
     assert run(tmp_path / "first", *METHODS[method]) == 0
-    few = folder(tmp_path / "few", 20, 3)
-    test = folder(tmp_path / "test", 24, 1, seed=1)
-    pool = ["--pool", str(folder(tmp_path / "pool", 18, 1, each=5))] if method == "retrieve" else []
+    few = picture_folder(tmp_path / "few", 20, 3)
+    test = picture_folder(tmp_path / "test", 24, 1, seed=1)
+    pool = ["--pool", str(picture_folder(tmp_path / "pool", 18, 1, each=5))] if method == "retrieve" else []
     learned = ["--learned", str(tmp_path / "first" / "learned.safetensors"), "--few", str(few), "--test", str(test)]
     capsys.readouterr()
     assert run(tmp_path / "second", method, *BRIEF, *learned, *pool) == 0
@@ -155,7 +145,7 @@ def test_what_has_learned_serves_other_pictures(method, tmp_path, capsys):
 
 
 def test_pictures_of_ones_own_without_others_to_judge_on(tmp_path, capsys):
-    few = folder(tmp_path / "few", 28, 1)
+    few = picture_folder(tmp_path / "few", 28, 1)
     assert run(tmp_path / "out", *POLICY, "--few", str(few)) == 0
     assert "not judged: --test DIR names other pictures" in capsys.readouterr().out
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -176,13 +166,13 @@ def test_one_sample_of_a_class(method, tmp_path):
 
 
 def test_distilled_pictures_keep_their_own_shape(tmp_path):
-    few = folder(tmp_path / "few", 20, 3)
+    few = picture_folder(tmp_path / "few", 20, 3)
     assert run(tmp_path / "out", *METHODS["distill"], "--few", str(few)) == 0
     assert mf.data.Folder(tmp_path / "out" / "pictures", "all").sample_shape == (3, 20, 20)
 
 
 def test_learning_from_a_folder_in_colour(tmp_path):
-    learn = folder(tmp_path / "learn", 24, 3, classes=12, each=5)
+    learn = picture_folder(tmp_path / "learn", 24, 3, classes=12, each=5)
     given = [*POLICY, "--data", "folder", "--root", str(learn), "--size", "16", "--classes", "2"]
     assert run(tmp_path / "out", *given) == 0
     assert mf.data.Folder(tmp_path / "out" / "pictures", "all").sample_shape == (3, 16, 16)
@@ -216,7 +206,7 @@ def test_a_damaged_checkpoint_goes_on_from_the_one_before(tmp_path, capsys):
 
 
 def test_pictures_of_mixed_sizes_are_brought_to_one(tmp_path):
-    few = folder(tmp_path / "few")
+    few = picture_folder(tmp_path / "few")
     Image.new("L", (31, 31)).save(few / "class2" / "9.png")
     assert run(tmp_path / "out", *POLICY, "--few", str(few), "--size", "16") == 0
     assert mf.data.Folder(tmp_path / "out" / "pictures", "all").sample_shape == (1, 16, 16)
@@ -279,17 +269,17 @@ def test_what_does_not_fit_a_checkpoint(tmp_path, capsys):
 
 def test_bad_input_is_one_line_before_any_work(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder(tmp_path / "few")
-    single = folder(tmp_path / "single")
+    picture_folder(tmp_path / "few")
+    single = picture_folder(tmp_path / "single")
     for name in ("1.png", "2.png", "3.png"):
         (single / "class1" / name).unlink()
-    mixed = folder(tmp_path / "mixed")
+    mixed = picture_folder(tmp_path / "mixed")
     Image.new("L", (30, 28)).save(mixed / "class2" / "9.png")
-    broken = folder(tmp_path / "broken")
+    broken = picture_folder(tmp_path / "broken")
     (broken / "class0" / "0.png").write_text("no picture")
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
-    folder(tmp_path / "others", classes=2)
+    picture_folder(tmp_path / "others", classes=2)
     (tmp_path / "mine" / "pictures").mkdir(parents=True)
     (tmp_path / "mine" / "pictures" / "holiday.png").touch()
     before = names(tmp_path)

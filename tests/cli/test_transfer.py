@@ -2,25 +2,13 @@
 
 import json
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from metaaug_fast.cli.main import main
+from tests.building import picture_folder
 
 QUICK = ["--pretrain-steps", "3", "--meta-steps", "2", "--tune-steps", "3", "--tasks", "2", "--queries", "2"]
 QUICK += ["--model", "strided_conv4", "--hidden", "4", "--seeds", "2", "--threads", "1", "--quiet"]
-
-
-def folder(root, size=28, channels=1, classes=3, each=6):
-    generator = np.random.default_rng(0)
-    for name in range(classes):
-        (root / f"class{name}").mkdir(parents=True)
-        for number in range(each):
-            shape = (size, size) if channels == 1 else (size, size, 3)
-            pixels = generator.integers(0, 256, shape, dtype=np.uint8)
-            Image.fromarray(pixels).save(root / f"class{name}" / f"{number}.png")
-    return str(root)
 
 
 def one_line(arguments, capsys):
@@ -35,7 +23,7 @@ def one_line(arguments, capsys):
 
 
 def test_from_letters_to_a_folder_of_ones_own(tmp_path, capsys):
-    root, out = folder(tmp_path / "mine"), tmp_path / "found.json"
+    root, out = str(picture_folder(tmp_path / "mine", each=6)), tmp_path / "found.json"
     arguments = ["--sources", "glyphs", "--target", "folder", "--root", root, "--shots", "1,3", "--lambda", "0.5"]
     assert main(["transfer", *arguments, *QUICK, "--out", str(out)]) == 0
     shown = capsys.readouterr().out
@@ -60,7 +48,10 @@ def test_from_letters_to_a_folder_of_ones_own(tmp_path, capsys):
 
 
 def test_sources_of_other_shapes_are_converted_where_that_is_asked_for(tmp_path, capsys):
-    root, other = folder(tmp_path / "mine", 20, 3), folder(tmp_path / "other", 16, 1)
+    root, other = (
+        str(picture_folder(tmp_path / name, size, channels, each=6))
+        for name, size, channels in (("mine", 20, 3), ("other", 16, 1))
+    )
     arguments = ["--sources", f"glyphs,folder={other}", "--target", "folder", "--root", root, "--shots", "2"]
     arguments = ["transfer", *arguments, *QUICK, "--out", str(tmp_path / "found.json")]
     message = one_line(arguments, capsys)
