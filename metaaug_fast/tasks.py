@@ -157,6 +157,7 @@ class TaskBatch:
 @dataclass(frozen=True)
 class MetaOutput:
     """loss: mean over tasks. task_losses: `[T]`; both differentiable. accuracy: `[T]` for class ids, else None.
+    prediction: `[T, Q, ...]` without gradient, where it was at hand.
 
     The gradient of `loss`, of `task_losses.mean()` and of `task_losses.sum()` is there with the loss; one that weighs
     tasks unequally costs a second sweep.
@@ -165,6 +166,7 @@ class MetaOutput:
     loss: Tensor
     task_losses: Tensor
     accuracy: Tensor | None = field(default=None)
+    prediction: Tensor | None = field(default=None, repr=False)
 
 
 def sent(value: Tensor, device: torch.device) -> Tensor:

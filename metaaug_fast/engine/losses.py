@@ -92,7 +92,7 @@ def judge(loss: Loss, prediction: Tensor, target: Tensor, label_smoothing: float
     else:
         flat = sample_losses(loss, prediction.flatten(0, 1), target.flatten(0, 1), label_smoothing)
         losses = flat.view(len(prediction), -1).mean(1)
-    return MetaOutput(losses.mean(), losses, accuracies(loss, prediction, target))
+    return MetaOutput(losses.mean(), losses, accuracies(loss, prediction, target), prediction.detach())
 
 
 def has_accuracy(loss: Loss, target: Tensor) -> bool:

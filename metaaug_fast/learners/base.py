@@ -45,6 +45,7 @@ class Learner(nn.Module):
         loss: what it minimises on queries, a name or a callable: the metric's name where there are no classes. It need
             not be there.
         first_order: whether its gradients leave a part out on purpose.
+        symmetric: whether neither the order of support samples nor the names of classes matter to it.
 
     >>> import torch, metaaug_fast as mf
     >>> class NearestMean(mf.Learner):
@@ -66,6 +67,7 @@ class Learner(nn.Module):
     inner_steps: int | None = None
     loss: Loss  # no value here, which would hide a loss that is a module
     first_order: bool = False
+    symmetric: bool = True
 
     def adapt(self, support_x: Tensor, support_y: Tensor) -> Adapted:
         """Learn T tasks from `support_x` `[T, S, ...]`, `support_y` `[T, S, ...]`, all at once; or one, without T."""
@@ -169,12 +171,20 @@ class Predictor:
         predict: from `x` `[T, N, ...]` to predictions `[T, N, ...]`.
         tasks: T.
         loss: a name or a callable, see `inner_loop`.
+        score: what `evaluate` gives of predictions and targets, where that is no mean of `loss`.
     """
 
-    def __init__(self, predict: Callable[[Tensor], Tensor], tasks: int, loss: Loss = "cross_entropy") -> None:
+    def __init__(
+        self,
+        predict: Callable[[Tensor], Tensor],
+        tasks: int,
+        loss: Loss = "cross_entropy",
+        score: Callable[[Tensor, Tensor], MetaOutput] | None = None,
+    ) -> None:
         self.predict = predict
         self.tasks = tasks
         self.loss = loss
+        self.score = functools.partial(scored, loss) if score is None else score
 
     def __len__(self) -> int:
         return self.tasks
@@ -188,9 +198,13 @@ class Predictor:
         """Losses and accuracies of the predictions for `x`; TypeError or ValueError where `x` and `y` do not fit."""
         y = class_ids(y)
         check_samples("query", x, y, tasks=len(self))
-        prediction = self(x)
-        check_targets("query_y", self.loss, y, tuple(prediction.shape[2:]))
-        return judge(self.loss, prediction, usable(y))
+        return self.score(self(x), usable(y))
+
+
+def scored(loss: Loss, prediction: Tensor, y: Tensor) -> MetaOutput:
+    """Losses and accuracies of predictions `[T, Q, ...]`; ValueError where `query_y` is no target of such."""
+    check_targets("query_y", loss, y, tuple(prediction.shape[2:]))
+    return judge(loss, prediction, y)
 
 
 class OneTask:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..engine.encoding import encode
-from ..engine.losses import check_targets, judge
 from ..tasks import MetaOutput, TaskBatch
-from .base import Learner, Predictor, check_steps, one_task_too
+from .base import Learner, Predictor, check_steps, one_task_too, scored
 
 Predict = Callable[[Tensor], Tensor]
 
@@ -40,6 +41,8 @@ class EncoderLearner(Learner):
     """
 
     encoder = True
+    forms: ClassVar[Mapping[int, str]] = {2: "features [N, D]"}
+    """What the model may give, by its dimensions."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -50,13 +53,23 @@ class EncoderLearner(Learner):
     def _fit(self, features: Tensor, labels: Tensor) -> Predict:
         """From support features `[T, S, D]` and class ids `[T, S]`: from query features `[T, Q, D]` to `[T, Q, ways]`.
 
+        What else a subclass's takes, `forward` and `adapt` take by name.
+
         Raises:
             ValueError: `labels` are none that it can learn from.
         """
         raise NotImplementedError(f"{type(self).__name__} must write _fit(features, labels)")
 
-    def forward(self, tasks: TaskBatch, *, steps: int | None = None) -> MetaOutput:
-        """The cross entropy of every task's queries.
+    def _score(self, prediction: Tensor, y: Tensor) -> MetaOutput:
+        """Losses and accuracies of predictions `[T, Q, ways]` for class ids `[T, Q]`."""
+        return scored("cross_entropy", prediction, y)
+
+    def _penalty(self, features: Tensor, labels: Tensor) -> Tensor | None:
+        """What training adds to each task's loss, `[T]`, by all of a task's features and class ids."""
+        return None
+
+    def forward(self, tasks: TaskBatch, *, steps: int | None = None, **given: Any) -> MetaOutput:
+        """The loss of every task's queries.
 
         Raises:
             TypeError, ValueError: the tasks do not fit the model, or `steps` is given.
@@ -65,18 +78,25 @@ class EncoderLearner(Learner):
         check_steps(self, steps)
         features = self._embed(torch.cat([tasks.support_x, tasks.query_x], 1))
         support, query = features.split([tasks.support_x.shape[1], tasks.query_x.shape[1]], 1)
-        prediction = self._fit(support, tasks.support_y)(query)
-        check_targets("query_y", "cross_entropy", tasks.query_y, tuple(prediction.shape[2:]))
-        return judge("cross_entropy", prediction, tasks.query_y)
+        out = self._score(self._fit(support, tasks.support_y, **given)(query), tasks.query_y)
+        if not self.training:
+            return out
+        penalty = self._penalty(features, torch.cat([tasks.support_y, tasks.query_y], 1))
+        if penalty is None:
+            return out
+        losses = out.task_losses + penalty
+        return replace(out, loss=losses.mean(), task_losses=losses)
 
     @one_task_too
-    def adapt(self, support_x: Tensor, support_y: Tensor) -> Predictor:
+    def adapt(self, support_x: Tensor, support_y: Tensor, **given: Any) -> Predictor:
         """What each task `[T, S, ...]` learns from its support set; one task may lack its T."""
-        predict = self._fit(self._embed(support_x), support_y)
-        return Predictor(lambda x: predict(self._embed(x)), len(support_x))
+        predict = self._fit(self._embed(support_x), support_y, **given)
+        return Predictor(lambda x: predict(self._embed(x)), len(support_x), score=self._score)
 
     def _embed(self, x: Tensor) -> Tensor:
+        """Features `[T, N, D]` of samples `[T, N, ...]`."""
         features = encode(self.model, x.flatten(0, 1))
-        if features.ndim != 2 or len(features) != x.shape[0] * x.shape[1]:
-            raise ValueError(f"model must give features [N, D] (got shape {tuple(features.shape)})")
+        if len(features) != x.shape[0] * x.shape[1] or features.ndim not in self.forms:
+            forms = " or ".join(self.forms.values())
+            raise ValueError(f"model must give {forms} (got shape {tuple(features.shape)})")
         return features.unflatten(0, x.shape[:2])

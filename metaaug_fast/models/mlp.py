@@ -10,7 +10,7 @@ from itertools import pairwise
 from torch import nn
 
 from ..checks import check_count
-from .parts import check_ways, choice, head
+from .parts import check_ways, choice, head, taking
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -67,7 +67,7 @@ def perceptron(
         if batch_norm:
             layers[f"norm{index}"] = nn.BatchNorm1d(outputs)
         layers[f"{activation}{index}"] = layer()
-    return nn.Sequential(OrderedDict(**layers, **head(widths[-1], ways)))
+    return taking(sample_shape, nn.Sequential(OrderedDict(**layers, **head(widths[-1], ways))))
 
 
 def omniglot_mlp(ways: int | None = 5, sample_shape: Sequence[int] = (1, 28, 28)) -> nn.Sequential:

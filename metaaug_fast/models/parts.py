@@ -10,6 +10,7 @@ from torch import nn
 from ..checks import check_choice, check_count
 
 _Value = TypeVar("_Value")
+_Network = TypeVar("_Network", bound=nn.Module)
 
 
 def check_ways(ways: int | None) -> None:
@@ -37,3 +38,9 @@ def choice(name: str, value: str, known: Mapping[str, _Value]) -> _Value:
 def head(features: int, ways: int | None) -> dict[str, nn.Module]:
     """The last layer, by its name, or none for an encoder."""
     return {} if ways is None else {"head": nn.Linear(features, ways)}
+
+
+def taking(sample_shape: Sequence[int], model: _Network) -> _Network:
+    """The model, which then says in an attribute what shape its inputs are of."""
+    model.sample_shape = tuple(sample_shape)  # type: ignore[assignment]
+    return model

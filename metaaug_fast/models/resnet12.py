@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .parts import check_picture, check_ways, head
+from .parts import check_picture, check_ways, head, taking
 
 _NARROW = (64, 128, 256, 512)
 
@@ -48,7 +48,7 @@ def resnet12(
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="leaky_relu")
-    return model
+    return taking(sample_shape, model)
 
 
 class ResidualBlock(nn.Module):

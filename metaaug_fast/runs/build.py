@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -109,7 +109,7 @@ def fitted(
     *,
     allow: Collection[str] | None = None,
 ) -> Config:
-    """The configuration whose model fits such data: what is `FROM_DATA` is no longer open.
+    """The configuration whose learner and model fit such data: what is `FROM_DATA` is no longer open.
 
     Args:
         target_shape: None: targets are classes.
@@ -120,20 +120,26 @@ def fitted(
             `check_ways`.
     """
     check_train_ways(config, target_shape, allow)
+    numbers = None if target_shape is None else math.prod(target_shape)
+    own = {"ways": config.sampling.ways, "shots": config.sampling.shots, "outputs": numbers}
+    config = replace(config, learner=_filled(config.learner, own, "learner"))
     if config.model is None:
         return config
     encoder = find_learner(config.learner.name, allow).encoder
-    outputs = None if encoder else config.sampling.ways if target_shape is None else math.prod(target_shape)
-    fields = dict(config.model.fields)
+    outputs = None if encoder else config.sampling.ways if numbers is None else numbers
     given = {"ways": outputs, "sample_shape": list(sample_shape), "vocabulary": vocabulary}
-    for name in FROM_DATA:
-        if name in fields and fields[name] is None:
-            fields[name] = given[name]
-    if "vocabulary" in fields:
-        _check_vocabulary(fields["vocabulary"], vocabulary, config.data.name)
-    config = replace(config, model=Part(config.model.name, fields))
+    model = _filled(config.model, given, "model")
+    if "vocabulary" in model.fields:
+        _check_vocabulary(model.fields["vocabulary"], vocabulary, config.data.name)
+    config = replace(config, model=model)
     check_ways(config, target_shape, allow)
     return config
+
+
+def _filled(part: Part, given: Mapping[str, Any], section: str) -> Part:
+    """The part with what it leaves open, of what `FROM_DATA` lists, as it is given."""
+    open_ = {name for name in FROM_DATA[section] if name in part.fields and part.fields[name] is None}
+    return replace(part, fields={**part.fields, **{name: given[name] for name in open_}})
 
 
 def _check_vocabulary(models: int | None, datas: int | None, data: str) -> None:
@@ -144,22 +150,28 @@ def _check_vocabulary(models: int | None, datas: int | None, data: str) -> None:
 
 
 def check_train_ways(config: Config, target_shape: Sequence[int] | None, allow: Collection[str] | None) -> None:
-    """ValueError where training has other ways than testing, and the learner's model an output for each class."""
+    """ValueError where training has other ways than testing, and the learner or its model an output for each class."""
     ways, train_ways = config.sampling.ways, config.sampling.train_ways
-    classes = target_shape is None and config.model is not None
-    if classes and train_ways not in (None, ways) and not find_learner(config.learner.name, allow).encoder:
+    if target_shape is not None or config.model is None or train_ways in (None, ways):
+        return
+    own = "ways" in config.learner.fields
+    if own or not find_learner(config.learner.name, allow).encoder:
+        whose = "which" if own else "whose model"
         raise ValueError(
-            f"train_ways must be ways, {ways}, for {config.learner.name}, whose model has an output for each class "
+            f"train_ways must be ways, {ways}, for {config.learner.name}, {whose} has an output for each class "
             f"(got {train_ways})"
         )
 
 
 def check_ways(config: Config, target_shape: Sequence[int] | None, allow: Collection[str] | None) -> None:
-    """ValueError where tasks have more classes than the learner's model has outputs."""
-    outputs = None if config.model is None else config.model.fields.get("ways")
-    classes = target_shape is None and not find_learner(config.learner.name, allow).encoder
-    if classes and outputs is not None and config.sampling.ways > outputs:
-        raise ValueError(f"ways must be at most model.ways, {outputs} (got {config.sampling.ways})")
+    """ValueError where tasks have more classes than the learner, or its model, has outputs."""
+    if target_shape is not None or config.model is None:
+        return
+    encoder = find_learner(config.learner.name, allow).encoder
+    section = "learner" if encoder else "model"
+    outputs = (config.learner if encoder else config.model).fields.get("ways")
+    if outputs is not None and config.sampling.ways > outputs:
+        raise ValueError(f"ways must be at most {section}.ways, {outputs} (got {config.sampling.ways})")
 
 
 def make_model(part: Part, allow: Collection[str] | None = None) -> nn.Module:

@@ -147,7 +147,7 @@ def check_goes_on(before: Config, after: Config) -> None:
         was, now = old.get(section, {}), new.get(section, {})
         for field in {**was, **now}:
             key, value = f"{section}.{field}", now.get(field)
-            filled_in = section == "model" and field in FROM_DATA and value is None
+            filled_in = field in FROM_DATA.get(section, {}) and value is None
             if was.get(field) != value and key not in MAY_CHANGE and not filled_in:
                 raise ValueError(f"{key} must be that of the checkpoint, {was.get(field)} (got {value})")
 

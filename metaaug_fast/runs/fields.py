@@ -22,12 +22,20 @@ from .registry import find_function, is_data, nearest
 GIVEN = {"learner": ("model", "seed", "meta_lr"), "model": (), "data": ("split", "download")}
 """Arguments of constructors that are no fields, for the run gives them."""
 
-FROM_DATA = {
-    "ways": (int, "outputs; null: as the data have classes"),
-    "sample_shape": (list[int], "of an input; null: the data's"),
-    "vocabulary": (int, "token ids are below it; null: the data's"),
+FROM_DATA: dict[str, dict[str, tuple[Any, str]]] = {
+    "learner": {
+        "ways": (int, "classes of a task; null: sampling's"),
+        "shots": (int, "support samples a class; null: sampling's"),
+        "outputs": (int, "numbers in a target; null: the data's, none for classes"),
+    },
+    "model": {
+        "ways": (int, "outputs; null: as the data have classes"),
+        "sample_shape": (list[int], "of an input; null: the data's"),
+        "vocabulary": (int, "token ids are below it; null: the data's"),
+    },
+    "data": {},
 }
-"""Arguments of models that the data give where they are null, with the type and the help of their fields."""
+"""Arguments of each section that the data give where they are null, with the type and the help of their fields."""
 
 ORDER = ("training", "sampling", "evaluation", "learner", "data", "model")
 """Of several fields of one name, that of the first of these sections has it for a short name."""
@@ -109,8 +117,8 @@ def fields_of(section: str, call: Any, name: str) -> list[Field]:
         if parameter.name in GIVEN[section]:
             continue
         type_, default = _plain_type(parameter.annotation), parameter.default
-        if section == "model" and parameter.name in FROM_DATA:
-            (type_, about[parameter.name]), default = FROM_DATA[parameter.name], None
+        if parameter.name in FROM_DATA[section]:
+            (type_, about[parameter.name]), default = FROM_DATA[section][parameter.name], None
         # `name` is what the section itself goes by.
         if type_ is None or parameter.name == "name" or parameter.kind is parameter.POSITIONAL_ONLY:
             if default is REQUIRED:

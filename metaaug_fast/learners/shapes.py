@@ -1,0 +1,90 @@
+"""What a network takes and what it gives of one sample, found by trying a copy of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_count
+from ..engine.exclusive import ONE_AT_A_TIME
+
+_SIDES = (28, 32, 64, 84, 224)  # of pictures, where any size may be meant
+_FIRST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
+
+
+def sample_shape_of(model: nn.Module) -> tuple[int, ...] | None:
+    """The shape of one input: what the model says in an attribute `sample_shape`, or what its first linear layer takes.
+
+    None: it is not known, as where convolutions take pictures of any size.
+
+    >>> from metaaug_fast.models import conv4
+    >>> sample_shape_of(conv4(ways=5)), sample_shape_of(nn.Linear(6, 3)), sample_shape_of(nn.Conv2d(1, 2, 3))
+    ((1, 28, 28), (6,), None)
+    """
+    declared = getattr(model, "sample_shape", None)
+    if declared is not None:
+        return tuple(declared)
+    first = _first_layer(model)
+    return (first.in_features,) if isinstance(first, nn.Linear) else None
+
+
+def features_of(model: nn.Module, features: int | None = None) -> int:
+    """How many features an encoder gives, or channels where it gives maps, `[N, features, ...]`.
+
+    Args:
+        features: as the caller says. None: to be found by giving a copy of the model samples of zeros, of its
+            `sample_shape` or, if that is not known, of several sizes.
+
+    Raises:
+        TypeError, ValueError: `features` is no count, or not given where the number depends on the size of inputs that
+            the model does not tell.
+
+    >>> from metaaug_fast.models import conv4
+    >>> features_of(conv4(ways=None, hidden=8)), features_of(nn.Sequential(nn.Flatten(), nn.Linear(9, 4)))
+    (8, 4)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module (got {type(model).__name__})")
+    if features is not None:
+        check_count("features", features, low=1)
+        return features
+    found = {shape[0] for shape in _tried(model)}
+    if len(found) != 1:
+        why = f"it gives {' or '.join(map(str, sorted(found)))} by the size of its inputs" if found else "it is unknown"
+        raise ValueError(f"features must be given: how many {type(model).__name__} gives, for {why} (got None)")
+    return found.pop()
+
+
+def _tried(model: nn.Module) -> Iterator[tuple[int, ...]]:
+    """Shapes of one sample's output, for each input that the model may be meant for and takes."""
+    with ONE_AT_A_TIME, torch.random.fork_rng(devices=[]), torch.no_grad():
+        twin = copy.deepcopy(model).eval()
+        for x in _inputs(model):
+            try:
+                output = twin(x)
+            except Exception:  # the user's forward may raise anything at what it does not take
+                continue
+            if isinstance(output, Tensor) and output.ndim >= 2 and len(output) == len(x):
+                yield tuple(output.shape[1:])
+
+
+def _inputs(model: nn.Module) -> Iterator[Tensor]:
+    like = next(model.parameters(), torch.zeros(()))
+    first, shape = _first_layer(model), sample_shape_of(model)
+    if isinstance(first, nn.Embedding):
+        yield torch.zeros(2, 4, dtype=torch.int64, device=like.device)
+    elif shape is not None:
+        yield like.new_zeros(2, *shape)
+    elif isinstance(first, nn.Conv2d):
+        for side in _SIDES:
+            yield like.new_zeros(2, first.in_channels, side, side)
+    elif isinstance(first, nn.Conv1d):
+        for side in _SIDES:
+            yield like.new_zeros(2, first.in_channels, side)
+
+
+def _first_layer(model: nn.Module) -> nn.Module | None:
+    return next((module for module in model.modules() if isinstance(module, _FIRST)), None)
