@@ -10,13 +10,16 @@ from .hard_tasks import HardTasks
 from .imaml import IMAML
 from .maml import MAML
 from .mamlpp import MAMLpp
+from .matching import MatchingNet
 from .meta_sgd import MetaSGD
 from .meta_transfer import MetaTransfer
 from .prompt import PromptTuning
 from .proto_maml import ProtoMAML
 from .protonet import ProtoNet
 from .r2d2 import R2D2
+from .relation import RelationNet
 from .reptile import Reptile
+from .snail import SNAIL
 from .unrolled import UnrolledLearner
 
 LEARNERS = {
@@ -26,13 +29,16 @@ LEARNERS = {
     "imaml": IMAML,
     "maml": MAML,
     "mamlpp": MAMLpp,
+    "matching": MatchingNet,
     "meta_sgd": MetaSGD,
     "meta_transfer": MetaTransfer,
     "prompt": PromptTuning,
     "proto_maml": ProtoMAML,
     "protonet": ProtoNet,
     "r2d2": R2D2,
+    "relation": RelationNet,
     "reptile": Reptile,
+    "snail": SNAIL,
 }
 """The names by which a run knows them."""
 
@@ -43,6 +49,7 @@ __all__ = [
     "IMAML",
     "MAML",
     "R2D2",
+    "SNAIL",
     "Adapted",
     "Contextual",
     "EncoderLearner",
@@ -50,12 +57,14 @@ __all__ = [
     "HardTasks",
     "Learner",
     "MAMLpp",
+    "MatchingNet",
     "MetaSGD",
     "MetaTransfer",
     "Predictor",
     "PromptTuning",
     "ProtoMAML",
     "ProtoNet",
+    "RelationNet",
     "Reptile",
     "UnrolledLearner",
     "class_means",

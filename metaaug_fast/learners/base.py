@@ -261,18 +261,30 @@ def one_task_too(adapt: _Adapt) -> _Adapt:
     return wrapper  # type: ignore[return-value]
 
 
-def class_members(labels: Tensor, dtype: torch.dtype) -> Tensor:
+def class_members(labels: Tensor, dtype: torch.dtype, mask: Tensor | None = None) -> Tensor:
     """Who belongs to which class: class ids `[T, S]` to ones and zeros `[T, S, ways]`, ways as in the labels.
 
+    Args:
+        mask: bool `[T, S]`, which samples there are; labels of the others are not read. None: all.
+
     Raises:
-        ValueError: labels are no class ids, or a task lacks a class that another has.
+        ValueError: labels are no class ids, a task lacks a class that another has, or the mask is no such one.
     """
     if labels.dtype != torch.int64 or labels.ndim != 2:
         raise ValueError(f"support_y must be class ids, int64 [T, S] (got {labels.dtype} {tuple(labels.shape)})")
+    if mask is not None:
+        if mask.dtype != torch.bool or mask.shape != labels.shape:
+            raise ValueError(
+                f"mask must be bool {list(labels.shape)}, a place for each support sample "
+                f"(got {mask.dtype} {list(mask.shape)})"
+            )
+        labels = labels.masked_fill(~mask, 0)
     low, high = (int(value) for value in torch.aminmax(labels))
     if low < 0:
         raise ValueError(f"support_y must hold class ids >= 0 (got {low})")
     members = nn.functional.one_hot(labels, high + 1).to(dtype)
+    if mask is not None:
+        members = members * mask.unsqueeze(2)
     counts = members.sum(1)
     if not bool(counts.all()):
         task, missing = (counts == 0).nonzero()[0].tolist()
@@ -282,11 +294,16 @@ def class_members(labels: Tensor, dtype: torch.dtype) -> Tensor:
     return members
 
 
-def class_means(features: Tensor, labels: Tensor) -> Tensor:
+def class_means(features: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean of each class's features: `[T, S, D]` and class ids `[T, S]` to `[T, ways, D]`.
+
+    Args:
+        mask: bool `[T, S]`, which samples count. None: all.
 
     Raises:
         ValueError: as `class_members`.
     """
-    members = class_members(labels, features.dtype)
+    members = class_members(labels, features.dtype, mask)
+    if mask is not None:
+        features = features.masked_fill(~mask.unsqueeze(2), 0)
     return members.mT @ features / members.sum(1).unsqueeze(-1)

@@ -64,8 +64,8 @@ class EncoderLearner(Learner):
         """Losses and accuracies of predictions `[T, Q, ways]` for class ids `[T, Q]`."""
         return scored("cross_entropy", prediction, y)
 
-    def _penalty(self, features: Tensor, labels: Tensor) -> Tensor | None:
-        """What training adds to each task's loss, `[T]`, by all of a task's features and class ids."""
+    def _penalty(self, features: Tensor, tasks: TaskBatch) -> Tensor | None:
+        """What training adds to each task's loss, `[T]`, by the features of its support and query samples."""
         return None
 
     def forward(self, tasks: TaskBatch, *, steps: int | None = None, **given: Any) -> MetaOutput:
@@ -79,9 +79,7 @@ class EncoderLearner(Learner):
         features = self._embed(torch.cat([tasks.support_x, tasks.query_x], 1))
         support, query = features.split([tasks.support_x.shape[1], tasks.query_x.shape[1]], 1)
         out = self._score(self._fit(support, tasks.support_y, **given)(query), tasks.query_y)
-        if not self.training:
-            return out
-        penalty = self._penalty(features, torch.cat([tasks.support_y, tasks.query_y], 1))
+        penalty = self._penalty(features, tasks) if self.training else None
         if penalty is None:
             return out
         losses = out.task_losses + penalty

@@ -58,6 +58,16 @@ def features_of(model: nn.Module, features: int | None = None) -> int:
     return found.pop()
 
 
+def gives_maps(model: nn.Module) -> bool:
+    """Whether an encoder gives feature maps `[N, C, H, W]`, as far as trying it shows.
+
+    >>> from metaaug_fast.models import conv4
+    >>> gives_maps(conv4(maps=True)), gives_maps(conv4(ways=None))
+    (True, False)
+    """
+    return any(len(shape) == 3 for shape in _tried(model))
+
+
 def _tried(model: nn.Module) -> Iterator[tuple[int, ...]]:
     """Shapes of one sample's output, for each input that the model may be meant for and takes."""
     with ONE_AT_A_TIME, torch.random.fork_rng(devices=[]), torch.no_grad():

@@ -8,6 +8,7 @@ from torch import nn
 
 from metaaug_fast import ProtoNet, TaskBatch
 from metaaug_fast.models import conv4, perceptron
+from tests.learners.comparing import assert_exact
 
 T, F = 3, 5
 WAYS, COUNTS = 4, (2, 1, 3, 2)  # support samples of each class
@@ -44,6 +45,69 @@ def test_loss_gradients_and_accuracy_are_the_papers():
     wanted = torch.autograd.grad(torch.stack(expected).mean(), list(model.parameters()))
     for one, other in zip(got, wanted, strict=True):
         assert float((one - other).norm() / other.norm()) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"distance": "cosine"},
+        {"distance": "cosine", "temperature": 0.3, "learn_temperature": False},
+        {"temperature": 4.0, "learn_temperature": True},
+        {"clustering": 0.7},
+    ],
+    ids=lambda options: ", ".join(options),
+)
+def test_other_forms(options):
+    """Of a distance, a temperature and an added variance, one sample and one class at a time."""
+    learner, batch = ProtoNet(perceptron(None, (F,), (7, 6), "tanh"), **options).double(), tasks()
+
+    def unbatched(x, y, query_x, query_y):
+        embedded, queries = learner.model(x), learner.model(query_x)
+        prototypes = [embedded[y == way].mean(0) for way in range(WAYS)]
+        loss = 0.0
+        for query, label in zip(queries, query_y, strict=True):
+            if learner.closeness.distance == "cosine":
+                close = [(query @ each) / query.norm() / each.norm() for each in prototypes]
+            else:
+                close = [-((query - each) ** 2).sum() for each in prototypes]
+            loss = loss - (torch.stack(close) / learner.closeness.temperature).log_softmax(0)[label] / len(queries)
+        every, labels = torch.cat([embedded, queries]), torch.cat([y, query_y])
+        means = [every[labels == way].mean(0) for way in range(WAYS)]
+        middle = sum(means) / WAYS
+        within = sum(((one - means[label]) ** 2).sum() for one, label in zip(every, labels, strict=True)) / len(every)
+        between = sum(((mean - middle) ** 2).sum() for mean in means) / WAYS
+        return loss + learner.clustering * within / between
+
+    assert_exact(learner, batch, unbatched)
+    learner.eval()
+    judged = learner.adapt(*batch.tensors[:2]).evaluate(*batch.tensors[2:])
+    assert torch.allclose(learner(batch).task_losses, judged.task_losses, rtol=1e-12)  # nothing is added
+
+
+def test_tasks_of_different_sizes():
+    """What the mask leaves out counts nowhere: neither its samples, were they NaN, nor its labels."""
+    learner, batch = ProtoNet(perceptron(None, (F,), (7,), "tanh")).double(), tasks()
+    padded_x = torch.cat([batch.support_x, torch.full((T, 2, F), torch.nan).double()], 1)
+    padded_y = torch.cat([batch.support_y, torch.full((T, 2), -100)], 1)
+    mask = torch.ones(T, 10, dtype=torch.bool)
+    mask[:, 8:] = False
+    padded = TaskBatch(padded_x, padded_y, *batch.tensors[2:])
+    assert torch.allclose(learner(padded, mask=mask).task_losses, learner(batch).task_losses, rtol=1e-12)
+    mask[0, (batch.support_y[0] == 2).nonzero()[0]] = False  # one of three
+    one = learner.adapt(padded_x, padded_y, mask=mask)(batch.query_x)[0]
+    kept = mask[0, :8]
+    alone = learner.adapt(batch.support_x[0, kept], batch.support_y[0, kept])(batch.query_x[0])
+    assert torch.allclose(one, alone, rtol=1e-12)
+    single = learner.adapt(padded_x[0], padded_y[0], mask=mask[0])(batch.query_x[0])
+    assert torch.allclose(single, alone, rtol=1e-12)
+
+
+def test_a_permuted_support_set_is_the_same():
+    learner, batch = ProtoNet(perceptron(None, (F,), (7,))).double(), tasks()
+    order = torch.randperm(batch.support_x.shape[1])
+    one = learner.adapt(*batch.tensors[:2])(batch.query_x)
+    other = learner.adapt(batch.support_x[:, order], batch.support_y[:, order])(batch.query_x)
+    assert torch.allclose(one, other, rtol=1e-12)
 
 
 def test_adapted_tasks_predict_squared_distances():
@@ -102,6 +166,18 @@ def test_bad_arguments():
         ProtoNet("conv4")
     with pytest.raises(ValueError, match=r"model must give features \[N, D\] \(got shape \(\d+, 2, 3\)\)"):
         ProtoNet(nn.Sequential(nn.Linear(F, 6), nn.Unflatten(1, (2, 3))).double())(batch)
+    for name, value in {
+        "temperature": -1.0,
+        "distance": "l1",
+        "clustering": -0.1,
+        "learn_temperature": 1,
+    }.items():
+        with pytest.raises((TypeError, ValueError), match=f"{name} must be .*got '?{value}"):
+            ProtoNet(perceptron(None, (F,), (7,)), **{name: value})
+    with pytest.raises(
+        ValueError, match=r"mask must be bool \[3, 8\], a place for each support sample \(got torch.int64"
+    ):
+        ProtoNet(perceptron(None, (F,), (7,)).double())(batch, mask=batch.support_y)
     learner = ProtoNet(perceptron(None, (F,), (7,)).double())
     with pytest.raises(ValueError, match=r"steps must be None for ProtoNet, which has no inner loop \(got 2\)"):
         learner(batch, steps=2)
