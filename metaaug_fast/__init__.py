@@ -8,7 +8,7 @@
 
 from importlib.metadata import version
 
-from . import augment, data, learners, models, runs
+from . import augment, compat, data, learners, models, runs
 from .augment import generate_augmented_data
 from .engine import reference
 from .engine.fast_weights import FastWeights
@@ -45,6 +45,7 @@ from .learners import (
     Reptile,
 )
 from .learners.supervised import classifier_accuracy, train_classifier
+from .runs.conformal import Conformal, conformal
 from .runs.evaluation import Evaluation, evaluate
 from .runs.history import History
 from .runs.load import load
@@ -62,6 +63,7 @@ __all__ = [
     "R2D2",
     "SNAIL",
     "CheckpointError",
+    "Conformal",
     "ContractError",
     "ContractReport",
     "ConvergenceWarning",
@@ -89,6 +91,8 @@ __all__ = [
     "check_gradients",
     "check_learner",
     "classifier_accuracy",
+    "compat",
+    "conformal",
     "data",
     "evaluate",
     "explain",

@@ -122,6 +122,7 @@ class _Attention(nn.Module):
         self.keys = nn.Linear(width, keys)
         self.queries = nn.Linear(width, keys)
         self.values = nn.Linear(width, values)
+        self.queries.load_state_dict(self.keys.state_dict())  # so that it begins by comparing
 
     def forward(self, support: Tensor, queries: Tensor) -> _Pair:
         keys, values = self.keys(support), self.values(support)

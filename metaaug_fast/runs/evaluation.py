@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_integer
 from ..engine.losses import named
 from ..learners.base import Learner, check_steps
 from ..tasks import MetaOutput, TaskBatch
+from .calibration import calibration_error
 
 
 class Repeatable(Protocol):
@@ -36,6 +39,9 @@ class Evaluation:
         loss: mean query loss. steps: inner steps taken; None: there is no inner loop.
         transductive: whether a prediction depends on the other queries, which makes accuracies higher.
         by_step: the mean metric after 0, 1, ... `steps` inner steps, where it was asked for.
+        calibration_error: expected calibration error of the predictions' softmax, 0 to 1, over all queries; see
+            `calibration_error`. nll: their mean negative log-likelihood. Both None where there are no classes, or where
+            `by_step` left no predictions.
     """
 
     metric: str
@@ -46,6 +52,8 @@ class Evaluation:
     steps: int | None
     transductive: bool
     by_step: tuple[float, ...] = ()
+    calibration_error: float | None = None
+    nll: float | None = None
 
     @property
     def score(self) -> float:
@@ -65,7 +73,10 @@ class Evaluation:
             figure = f"accuracy {100 * self.mean:.2f} % +- {100 * self.interval:.2f} %"
         else:
             figure = f"{self.metric} {self.mean:.4f} +- {self.interval:.4f}"
-        return f"{figure} (95 % interval, {', '.join(about)})"
+        text = f"{figure} (95 % interval, {', '.join(about)})"
+        if self.calibration_error is None or self.nll is None:
+            return text
+        return f"{text}; calibration error {100 * self.calibration_error:.2f} %, negative log-likelihood {self.nll:.4f}"
 
 
 def evaluate(
@@ -100,29 +111,23 @@ def evaluate(
     25
     """
     learner = learner_in(learner)
-    if count is None:
-        count = sum(len(TaskBatch.of(each)) for each in episodes) if isinstance(episodes, (list, tuple)) else 600
-    check_integer("count", count)
-    if count < 2:
-        raise ValueError(f"count must be >= 2 episodes, an interval needs a spread (got {count})")
+    count = count_of(episodes, count)
     taken = learner.inner_steps if check_steps(learner, steps) is None else steps
     if by_step and taken is None:
         raise ValueError(f"by_step must be False for {type(learner).__name__}, which has no inner loop (got True)")
     device = device_of(learner)
     judged: list[list[MetaOutput]] = []  # batch by batch, step by step
-    training = learner.training
-    learner.eval()
-    try:
-        with torch.no_grad():
-            for tasks in _first(episodes, count):
-                tasks = tasks.to(device)
-                judged.append(learner.by_step(tasks, steps) if by_step else [learner(tasks, steps=steps)])
-    finally:
-        learner.train(training)
+    targets: list[Tensor] = []
+    with in_evaluation(learner):
+        for tasks in first_tasks(episodes, count):
+            tasks = tasks.to(device)
+            judged.append(learner.by_step(tasks, steps) if by_step else [_adapted(learner, tasks, steps)])
+            targets.append(tasks.query_y)
     last = [outputs[-1] for outputs in judged]
     accurate = last[0].accuracy is not None
     values = torch.cat([_metric(output) for output in last]).double().cpu()
     means = [torch.cat([_metric(output) for output in each]).double().mean() for each in zip(*judged, strict=True)]
+    sure = _certainty([output.prediction for output in last], targets) if accurate else (None, None)
     return Evaluation(
         metric="accuracy" if accurate else _name(getattr(learner, "loss", "loss")),
         mean=float(values.mean()),
@@ -132,7 +137,50 @@ def evaluate(
         steps=taken,
         transductive=learner.transductive,
         by_step=tuple(map(float, means)) if by_step else (),
+        calibration_error=sure[0],
+        nll=sure[1],
     )
+
+
+def count_of(episodes: Repeatable | Iterable[Any], count: int | None) -> int:
+    """How many episodes to judge on: what is given, or 600, or as many as a list holds; at least 2."""
+    if count is None:
+        count = sum(len(TaskBatch.of(each)) for each in episodes) if isinstance(episodes, (list, tuple)) else 600
+    check_integer("count", count)
+    if count < 2:
+        raise ValueError(f"count must be >= 2 episodes, an interval needs a spread (got {count})")
+    return count
+
+
+@contextlib.contextmanager
+def in_evaluation(learner: nn.Module) -> Iterator[None]:
+    """In evaluation mode and without gradients; then in the mode before."""
+    training = learner.training
+    learner.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        learner.train(training)
+
+
+def _adapted(learner: Learner, tasks: TaskBatch, steps: int | None) -> MetaOutput:
+    """What `forward` finds in evaluation, with the predictions."""
+    options = {} if steps is None else {"steps": steps}
+    adapted = learner.adapt(tasks.support_x, tasks.support_y, **options)
+    return adapted.evaluate(tasks.query_x, tasks.query_y)
+
+
+def _certainty(predictions: Sequence[Tensor | None], targets: Sequence[Tensor]) -> tuple[float | None, float | None]:
+    """Calibration error and negative log-likelihood over all queries; None where they have no classes."""
+    log_p, classes = [], []
+    for prediction, target in zip(predictions, targets, strict=True):
+        if prediction is None or target.is_floating_point() or prediction.ndim != 3:
+            return None, None
+        log_p.append(prediction.double().log_softmax(-1).flatten(0, 1).cpu())
+        classes.append(target.flatten().cpu())
+    every, right = torch.cat(log_p), torch.cat(classes)
+    return calibration_error(every.exp(), right), float(F.nll_loss(every, right))
 
 
 def learner_in(module: nn.Module) -> Learner:
@@ -157,7 +205,7 @@ def _name(loss: Any) -> str:
     return loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
 
 
-def _first(episodes: Repeatable | Iterable[Any], count: int) -> Iterator[TaskBatch]:
+def first_tasks(episodes: Repeatable | Iterable[Any], count: int) -> Iterator[TaskBatch]:
     """The first `count` tasks of the sequence, in batches."""
     batches = map(episodes.batch, itertools.count()) if hasattr(episodes, "batch") else iter(episodes)
     left = count
