@@ -21,7 +21,10 @@ from metaaug_fast.report.tables import markdown
 from metaaug_fast.runs.config import configure, merged, recipe, recipes
 from metaaug_fast.runs.experiment import beside, run
 
-HEAD = ("recipe", "tasks", "accuracy, %", "transductive", "meta-steps", "minutes", "minutes to 95 %", "published, %")
+HEAD = (
+    "recipe", "tasks", "accuracy, %", "transductive", "calibration error, %", "likelihood, -log", "meta-steps",
+    "minutes", "minutes to 95 %", "published, %",
+)  # fmt: skip
 ENOUGH = 0.95
 PUBLISHED = {
     "maml-omniglot": "98.7 ± 0.4",
@@ -30,6 +33,10 @@ PUBLISHED = {
     "reptile-omniglot": "97.68 ± 0.04",
     "reptile-omniglot-nontransductive": "95.39 ± 0.09",
     "protonet-omniglot": "98.8",
+    "matching-omniglot": "98.1",
+    "relation-omniglot": "99.6 ± 0.2",
+    "snail-omniglot": "99.07 ± 0.16",
+    "cnp-omniglot": "95.3",
     "mamlpp-omniglot": "99.47",
     "meta_sgd-omniglot": "99.53 ± 0.26",
     "imaml-omniglot": "99.16",
@@ -59,6 +66,8 @@ def row(name: str, report: dict[str, Any]) -> tuple[str, ...]:
         f"{sampling['ways']}-way {sampling['shots']}-shot",
         f"{100 * judged['mean']:.2f} ± {100 * judged['interval']:.2f}",
         "yes" if judged["transductive"] else "no",
+        f"{100 * judged['calibration_error']:.1f}",
+        f"{judged['nll']:.3f}",
         f"{history['training'][-1]['step']:,}",
         f"{history['seconds'] / 60:.1f}",
         "not reached" if first is None else f"{first / 60:.1f}",
