@@ -54,7 +54,7 @@ def main() -> None:
     torch.set_num_threads(parser.parse_args().threads)
     keep_freed_memory()
     tasks, calls = tasks_of((1, 28, 28), TASKS, 1, 5), {}
-    names = [name for name, make in LEARNERS.items() if make.encoder]
+    names = [name for name, make in LEARNERS.items() if make.encoder and name != "prompt"]  # that of sentences
     for name in names:
         learner, model = LEARNERS[name](network(name)), network(name)
         optimizers = learner.optimizers()

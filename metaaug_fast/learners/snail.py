@@ -122,7 +122,9 @@ class _Attention(nn.Module):
         self.keys = nn.Linear(width, keys)
         self.queries = nn.Linear(width, keys)
         self.values = nn.Linear(width, values)
-        self.queries.load_state_dict(self.keys.state_dict())  # so that it begins by comparing
+        # So that it begins by comparing, and sharply: it learns to read labels several times sooner.
+        nn.init.normal_(self.keys.weight, std=3 / math.sqrt(width))
+        self.queries.load_state_dict(self.keys.state_dict())
 
     def forward(self, support: Tensor, queries: Tensor) -> _Pair:
         keys, values = self.keys(support), self.values(support)
