@@ -18,6 +18,13 @@ def check_number(name: str, value: object, low: float = 0) -> None:
         raise ValueError(f"{name} must be finite (got {value})")
 
 
+def check_positive(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a number, and ValueError unless it is finite and > 0."""
+    if isinstance(value, (int, float)) and not value > 0:
+        raise ValueError(f"{name} must be > 0 (got {value})")
+    check_number(name, value)
+
+
 def check_probability(name: str, value: object) -> None:
     """Raise TypeError unless `value` is a number, and ValueError unless it is in 0..1."""
     check_number(name, value)

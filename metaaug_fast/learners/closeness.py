@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_flag, check_number
+from ..checks import check_choice, check_flag, check_positive
 
 DISTANCES = ("euclidean", "cosine")
 
@@ -37,9 +37,7 @@ class Closeness(nn.Module):
         cosine = distance == "cosine"
         if temperature is None:
             temperature = 0.1 if cosine else 1.0
-        check_number("temperature", temperature)
-        if not temperature:
-            raise ValueError("temperature must be > 0 (got 0)")
+        check_positive("temperature", temperature)
         if learn is not None:
             check_flag("learn_temperature", learn)
         self.distance = distance

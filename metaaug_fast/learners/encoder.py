@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -76,6 +77,7 @@ class EncoderLearner(Learner):
         """
         tasks = TaskBatch.of(tasks)
         check_steps(self, steps)
+        self._check_given(given)
         features = self._embed(torch.cat([tasks.support_x, tasks.query_x], 1))
         support, query = features.split([tasks.support_x.shape[1], tasks.query_x.shape[1]], 1)
         out = self._score(self._fit(support, tasks.support_y, **given)(query), tasks.query_y)
@@ -88,8 +90,14 @@ class EncoderLearner(Learner):
     @one_task_too
     def adapt(self, support_x: Tensor, support_y: Tensor, **given: Any) -> Predictor:
         """What each task `[T, S, ...]` learns from its support set; one task may lack its T."""
+        self._check_given(given)
         predict = self._fit(self._embed(support_x), support_y, **given)
         return Predictor(lambda x: predict(self._embed(x)), len(support_x), score=self._score)
+
+    def _check_given(self, given: Mapping[str, Any]) -> None:
+        """TypeError where something is given by name that `_fit` does not take."""
+        for name in given.keys() - inspect.signature(self._fit).parameters.keys():
+            raise TypeError(f"{name} must not be given: {type(self).__name__} takes none (got one)")
 
     def _embed(self, x: Tensor) -> Tensor:
         """Features `[T, N, D]` of samples `[T, N, ...]`."""

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_flag, check_number
+from ..checks import check_flag, check_number, check_positive
 from .base import class_members
 from .encoder import EncoderLearner, Predict
 
@@ -49,9 +49,7 @@ class R2D2(EncoderLearner):
 
     def __init__(self, model: nn.Module, ridge: float = 50.0, scale: float = 10.0, learn_ridge: bool = True) -> None:
         super().__init__(model)
-        check_number("ridge", ridge)
-        if not ridge:
-            raise ValueError("ridge must be > 0 (got 0)")
+        check_positive("ridge", ridge)
         check_number("scale", scale)
         check_flag("learn_ridge", learn_ridge)
         self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)), requires_grad=learn_ridge)

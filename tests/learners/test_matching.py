@@ -130,8 +130,8 @@ def test_it_keeps_the_contract_with_full_context():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"temperature": 0.0}, ValueError, r"temperature must be > 0 \(got 0\)"),
-        ({"temperature": -0.1}, ValueError, r"temperature must be >= 0 \(got -0.1\)"),
+        ({"temperature": 0.0}, ValueError, r"temperature must be > 0 \(got 0.0\)"),
+        ({"temperature": -0.1}, ValueError, r"temperature must be > 0 \(got -0.1\)"),
         ({"distance": "manhattan"}, ValueError, r"distance must be one of euclidean, cosine \(got 'manhattan'\)"),
         ({"reads": 0}, ValueError, r"reads must be >= 1 \(got 0\)"),
         ({"full_context": 1}, TypeError, r"full_context must be True or False \(got 1\)"),
@@ -142,3 +142,11 @@ def test_it_keeps_the_contract_with_full_context():
 def test_bad_settings(options, error, message):
     with pytest.raises(error, match=message):
         mf.MatchingNet(**{"model": network(), **options})
+
+
+def test_a_mask_is_refused_where_it_would_not_be_read():
+    learner, batch = mf.MatchingNet(network()).double(), class_tasks(5)
+    mask = torch.ones(3, 6, dtype=torch.bool)
+    for call in (lambda: learner(batch, mask=mask), lambda: learner.adapt(*batch.tensors[:2], mask=mask)):
+        with pytest.raises(TypeError, match=r"mask must not be given: MatchingNet takes none \(got one\)"):
+            call()

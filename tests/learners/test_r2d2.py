@@ -84,8 +84,8 @@ def test_it_keeps_the_contract():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"ridge": -1.0}, ValueError, r"ridge must be >= 0 \(got -1.0\)"),
-        ({"ridge": 0.0}, ValueError, r"ridge must be > 0 \(got 0\)"),
+        ({"ridge": -1.0}, ValueError, r"ridge must be > 0 \(got -1.0\)"),
+        ({"ridge": 0.0}, ValueError, r"ridge must be > 0 \(got 0.0\)"),
         ({"ridge": "big"}, TypeError, r"ridge must be a number \(got 'big'\)"),
         ({"scale": float("nan")}, ValueError, r"scale must be >= 0 \(got nan\)"),
         ({"learn_ridge": 1}, TypeError, r"learn_ridge must be True or False \(got 1\)"),
