@@ -199,7 +199,7 @@ def _order(trial: _Trial) -> None:
     flipped = TaskBatch(tasks.support_x.flip(1), tasks.support_y.flip(1), tasks.query_x, tasks.query_y)
     if getattr(trial.learner, "inner_batch", None) is not None:
         raise _Skip("the learner takes its samples in batches")
-    if not trial.learner.symmetric:
+    if trial.learner.order_matters:
         raise _Skip("it says that it does")
     _demand_equal(trial.predict(flipped), trial.predict(tasks), "predictions from a support set in another order")
 
@@ -209,8 +209,8 @@ def _permutes(trial: _Trial) -> None:
     tasks = trial.tasks
     if not trial.classes:
         raise _Skip("there are no classes")
-    if not trial.learner.symmetric:
-        raise _Skip("it says that they need not")
+    if trial.learner.names_matter:
+        raise _Skip("it says that names matter")
     with torch.no_grad():
         ways = trial.predict(tasks).shape[-1]
     if not trial.learner.encoder and not _forget_names(trial.learner, ways):

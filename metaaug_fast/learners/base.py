@@ -45,7 +45,8 @@ class Learner(nn.Module):
         loss: what it minimises on queries, a name or a callable: the metric's name where there are no classes. It need
             not be there.
         first_order: whether its gradients leave a part out on purpose.
-        symmetric: whether neither the order of support samples nor the names of classes matter to it.
+        order_matters: whether it reads its support samples one after the other.
+        names_matter: whether it treats classes differently by their names, from the start and on purpose.
 
     >>> import torch, metaaug_fast as mf
     >>> class NearestMean(mf.Learner):
@@ -67,7 +68,8 @@ class Learner(nn.Module):
     inner_steps: int | None = None
     loss: Loss  # no value here, which would hide a loss that is a module
     first_order: bool = False
-    symmetric: bool = True
+    order_matters: bool = False
+    names_matter: bool = False
 
     def adapt(self, support_x: Tensor, support_y: Tensor) -> Adapted:
         """Learn T tasks from `support_x` `[T, S, ...]`, `support_y` `[T, S, ...]`, all at once; or one, without T."""

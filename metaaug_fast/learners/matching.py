@@ -75,9 +75,9 @@ class MatchingNet(EncoderLearner):
             self.of_query = nn.LSTMCell(2 * width, width)
 
     @property
-    def symmetric(self) -> bool:  # type: ignore[override]
-        """Whether the order of support samples does not matter."""
-        return not self.full_context
+    def order_matters(self) -> bool:  # type: ignore[override]
+        """Whether it reads its support samples one after the other."""
+        return self.full_context
 
     def _fit(self, features: Tensor, labels: Tensor) -> Predict:
         members = class_members(labels, torch.bool).unsqueeze(1)  # [T, 1, S, ways]

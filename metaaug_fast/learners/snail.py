@@ -51,7 +51,8 @@ class SNAIL(EncoderLearner):
     torch.Size([2])
     """
 
-    symmetric = False
+    order_matters = True
+    names_matter = True
 
     def __init__(
         self, model: nn.Module, ways: int = 5, shots: int = 1, filters: int = 128, features: int | None = None

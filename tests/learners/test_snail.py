@@ -103,7 +103,6 @@ def test_it_is_blind_to_the_querys_label():
 
 def test_what_it_says_of_itself():
     learner = snail()
-    assert not learner.symmetric
     assert not learner.transductive
     clauses = mf.check_learner(learner, class_tasks(5)).clauses
     assert [clause for clause, outcome in clauses.items() if outcome != "kept"] == [
