@@ -124,7 +124,7 @@ class _Attention(nn.Module):
         self.queries = nn.Linear(width, keys)
         self.values = nn.Linear(width, values)
         # So that it begins by comparing, and sharply: it learns to read labels several times sooner.
-        nn.init.normal_(self.keys.weight, std=3 / math.sqrt(width))
+        nn.init.normal_(self.keys.weight, std=6 / math.sqrt(width))
         self.queries.load_state_dict(self.keys.state_dict())
 
     def forward(self, support: Tensor, queries: Tensor) -> _Pair:
