@@ -26,13 +26,17 @@ from .inspect.contract import ContractReport, check_learner
 from .inspect.explanation import explain
 from .inspect.gradients import GradientReport, check_gradients
 from .learners import (
+    ADML,
     ANIL,
     BOIL,
     CAVIA,
+    FGSM,
     IMAML,
     MAML,
+    PGD,
     R2D2,
     SNAIL,
+    AdversarialQuerying,
     Learner,
     MAMLpp,
     MatchingNet,
@@ -55,13 +59,17 @@ from .tasks import MetaOutput, TaskBatch
 __version__ = version("metaaug_fast")
 
 __all__ = [
+    "ADML",
     "ANIL",
     "BOIL",
     "CAVIA",
+    "FGSM",
     "IMAML",
     "MAML",
+    "PGD",
     "R2D2",
     "SNAIL",
+    "AdversarialQuerying",
     "CheckpointError",
     "Conformal",
     "ContractError",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from matplotlib.backend_bases import FigureCanvasBase
 
 from .. import files
+from ..learners.attacks import FGSM, PGD
 from ..learners.base import Learner
 from ..report.plots import plot_episode, plot_sinusoid
 from ..runs import checkpoint as checkpoints
@@ -22,7 +24,7 @@ from ..runs.evaluation import device_of
 from ..runs.experiment import beside, check_test_steps, judge, write_report
 from ..runs.load import configuration, load
 from ..runs.registry import find_data
-from .options import Parser, add_machine_options, options_of, use_machine
+from .options import Parser, add_machine_options, count, finite, options_of, rate, use_machine
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -33,6 +35,7 @@ def run(arguments: Sequence[str]) -> int:
         raise ValueError(f"the checkpoint must come first: {parser.usage} (got {first[0]})")
     options, fields = parser.parse_known_args(arguments)
     path, allow = options.checkpoint, tuple(options.allow)
+    attack = _attack_of(options)
     use_machine(options)
     before = configuration(path, checkpoints.load(path), allow)
     content = before.as_dict()
@@ -61,9 +64,10 @@ def run(arguments: Sequence[str]) -> int:
     episodes = make_episodes(config, "test", source)
     print(f"{path}: {config.in_words(regression)}")
     result = judge(config, learner, episodes)
+    attacked = None if attack is None else judge(config, learner, episodes, attack=attack)
     if options.plot is not None:
         _plot(config, learner, source, result.steps, options.plot)
-    write_report(report, config, options.device, result)
+    write_report(report, config, options.device, result, attacked=attacked)
     print(f"report: {report}")
     return 0
 
@@ -89,8 +93,44 @@ def _parser() -> Parser:
     parser.add_argument("--report", type=Path, metavar="FILE", help="JSON report (CHECKPOINT.evaluation.json)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of the first episode, or of three curves")
     parser.add_argument("--download", action="store_true", help="fetch what the data set lacks")
+    attack = parser.add_argument_group("attack", "judge on attacked queries, too, and report both figures")
+    attack.add_argument("--attack", choices=("pgd", "fgsm"), help="several steps on the gradient's sign, or one")
+    attack.add_argument("--radius", type=rate, metavar="X", help="how far an element of a query may move")
+    attack.add_argument("--attack-steps", type=count, metavar="N", help="of pgd (20)")
+    attack.add_argument("--attack-step", type=rate, metavar="X", help="of an element (2.5 radius / steps)")
+    attack.add_argument(
+        "--attack-low", type=finite, metavar="X", help="no element goes below: 0 of pictures (no limit)"
+    )
+    attack.add_argument("--attack-high", type=finite, metavar="X", help="nor above: 1 of pictures (no limit)")
     add_machine_options(parser)
     return parser
+
+
+def _attack_of(options: Namespace) -> PGD | None:
+    """The attack that is asked for; ValueError where its options do not fit together."""
+    given = {
+        "--radius": options.radius,
+        "--attack-steps": options.attack_steps,
+        "--attack-step": options.attack_step,
+        "--attack-low": options.attack_low,
+        "--attack-high": options.attack_high,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.attack is None:
+        for name, value in given.items():
+            raise ValueError(f"{name} needs an --attack, pgd or fgsm (got {value:g} alone)")
+        return None
+    if options.radius is None:
+        raise ValueError(f"--radius must be given, how far {options.attack} may move an element of a query (got none)")
+    low, high = options.attack_low, options.attack_high
+    if low is not None and high is not None and low >= high:
+        raise ValueError(f"--attack-low must be below --attack-high, {high:g} (got {low:g})")
+    if options.attack == "pgd":
+        return PGD(options.radius, options.attack_steps or 20, options.attack_step, low=low, high=high)
+    for name in ("--attack-steps", "--attack-step"):
+        if name in given:
+            raise ValueError(f"{name} must be left out with fgsm, one step of the whole radius (got {given[name]:g})")
+    return FGSM(options.radius, low=low, high=high)
 
 
 def _check_shapes(before: Config, after: Config, source: Any) -> None:

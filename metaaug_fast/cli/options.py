@@ -81,6 +81,17 @@ def threads(text: str) -> int:
     return value
 
 
+def finite(text: str) -> float:
+    """A finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ArgumentTypeError(f"must be a number (got {text})")
+    return value
+
+
 def rate(text: str) -> float:
     """A finite number >= 0."""
     try:

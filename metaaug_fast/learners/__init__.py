@@ -1,6 +1,9 @@
 """One file an algorithm; `base.py` is the contract that all keep."""
 
+from .adml import ADML
+from .adv_query import AdversarialQuerying, AttackedQueries
 from .anil import ANIL
+from .attacks import FGSM, PGD, attack_queries
 from .base import Adapted, Learner, Predictor, class_means, class_members, one_task_too
 from .boil import BOIL
 from .cavia import CAVIA, Contextual
@@ -23,6 +26,8 @@ from .snail import SNAIL
 from .unrolled import UnrolledLearner
 
 LEARNERS = {
+    "adml": ADML,
+    "adv_query": AdversarialQuerying,
     "anil": ANIL,
     "boil": BOIL,
     "cavia": CAVIA,
@@ -43,14 +48,19 @@ LEARNERS = {
 """The names by which a run knows them."""
 
 __all__ = [
+    "ADML",
     "ANIL",
     "BOIL",
     "CAVIA",
+    "FGSM",
     "IMAML",
     "MAML",
+    "PGD",
     "R2D2",
     "SNAIL",
     "Adapted",
+    "AdversarialQuerying",
+    "AttackedQueries",
     "Contextual",
     "EncoderLearner",
     "GradientLearner",
@@ -67,6 +77,7 @@ __all__ = [
     "RelationNet",
     "Reptile",
     "UnrolledLearner",
+    "attack_queries",
     "class_means",
     "class_members",
     "one_task_too",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..checks import check_integer
 from ..engine.losses import named
+from ..learners.attacks import PGD, attack_queries
 from ..learners.base import Learner, check_steps
 from ..tasks import MetaOutput, TaskBatch
 from .calibration import calibration_error
@@ -42,6 +43,7 @@ class Evaluation:
         calibration_error: expected calibration error of the predictions' softmax, 0 to 1, over all queries; see
             `calibration_error`. nll: their mean negative log-likelihood. Both None where there are no classes, or where
             `by_step` left no predictions.
+        attack: on the queries; None: they are clean.
     """
 
     metric: str
@@ -54,6 +56,7 @@ class Evaluation:
     by_step: tuple[float, ...] = ()
     calibration_error: float | None = None
     nll: float | None = None
+    attack: PGD | None = None
 
     @property
     def score(self) -> float:
@@ -73,6 +76,8 @@ class Evaluation:
             figure = f"accuracy {100 * self.mean:.2f} % +- {100 * self.interval:.2f} %"
         else:
             figure = f"{self.metric} {self.mean:.4f} +- {self.interval:.4f}"
+        if self.attack is not None:
+            about.append(f"under {self.attack}")
         text = f"{figure} (95 % interval, {', '.join(about)})"
         if self.calibration_error is None or self.nll is None:
             return text
@@ -86,6 +91,7 @@ def evaluate(
     *,
     steps: int | None = None,
     by_step: bool = False,
+    attack: PGD | None = None,
 ) -> Evaluation:
     """Adapt to `count` episodes without gradients and judge the adapted tasks on their queries.
 
@@ -99,11 +105,14 @@ def evaluate(
         count: how many episodes, at least 2; the field reports 600 or more. None: 600, but of a list all.
         steps: inner steps, the learner's own by default.
         by_step: also the metric after every smaller number of steps, from the same pass.
+        attack: a `PGD` or `FGSM`. Queries are attacked against the learner as it has adapted to the clean support set,
+            and it is judged on what they have become; all of a task's queries move at once. Random starts are the same
+            in each call.
 
     Raises:
-        TypeError: `learner` is none.
-        ValueError: fewer than two episodes, or than `count`, a negative number of steps, or steps without an inner
-            loop.
+        TypeError: `learner` is none, or `attack`.
+        ValueError: fewer than two episodes, or than `count`, a negative number of steps, steps without an inner loop,
+            `by_step` under an attack, or queries that the attack cannot take.
 
     >>> import metaaug_fast as mf
     >>> learner = mf.MAML(mf.models.mlp([1, 8, 1]), inner_lr=0.01, loss="mse")
@@ -115,12 +124,13 @@ def evaluate(
     taken = learner.inner_steps if check_steps(learner, steps) is None else steps
     if by_step and taken is None:
         raise ValueError(f"by_step must be False for {type(learner).__name__}, which has no inner loop (got True)")
+    _check_attack(attack, by_step)
     device = device_of(learner)
     judged: list[list[MetaOutput]] = []  # batch by batch, step by step
     targets: list[Tensor] = []
     with in_evaluation(learner):
         for tasks in first_tasks(episodes, count):
-            tasks = tasks.to(device)
+            tasks = _attacked(learner, tasks.to(device), steps, attack, len(judged))
             judged.append(learner.by_step(tasks, steps) if by_step else [_adapted(learner, tasks, steps)])
             targets.append(tasks.query_y)
     last = [outputs[-1] for outputs in judged]
@@ -139,6 +149,7 @@ def evaluate(
         by_step=tuple(map(float, means)) if by_step else (),
         calibration_error=sure[0],
         nll=sure[1],
+        attack=attack,
     )
 
 
@@ -169,6 +180,23 @@ def _adapted(learner: Learner, tasks: TaskBatch, steps: int | None) -> MetaOutpu
     options = {} if steps is None else {"steps": steps}
     adapted = learner.adapt(tasks.support_x, tasks.support_y, **options)
     return adapted.evaluate(tasks.query_x, tasks.query_y)
+
+
+def _check_attack(attack: object, by_step: bool) -> None:
+    if attack is not None and not isinstance(attack, PGD):
+        raise TypeError(f"attack must be a PGD, an FGSM or None (got {attack!r})")
+    if attack is not None and by_step:
+        raise ValueError("by_step must be False under an attack, which is one on the last step's weights (got True)")
+
+
+def _attacked(learner: Learner, tasks: TaskBatch, steps: int | None, attack: PGD | None, index: int) -> TaskBatch:
+    """The batch of that index with attacked queries; torch's generators stay as they are."""
+    if attack is None:
+        return tasks
+    device = tasks.query_x.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(index)
+        return attack_queries(learner, tasks, attack, steps=steps)
 
 
 def _certainty(predictions: Sequence[Tensor | None], targets: Sequence[Tensor]) -> tuple[float | None, float | None]:

@@ -15,6 +15,7 @@ from .. import files
 from ..data import Episodes
 from ..data.division import PARTS
 from ..errors import CheckpointError
+from ..learners.attacks import PGD
 from ..learners.base import Learner
 from . import checkpoint as checkpoints
 from .build import (
@@ -174,12 +175,18 @@ def _take_best(learner: Learner, best: ValidationPoint, runs: Sequence[str | Pat
     say(f"the best state, after {best.step} meta-steps, was not kept: the last one is tested")
 
 
-def judge(config: Config, learner: Learner, episodes: Episodes, say: Callable[[str], None] = print) -> Evaluation:
-    """The learner on test episodes; of regression, after each step, too."""
+def judge(
+    config: Config,
+    learner: Learner,
+    episodes: Episodes,
+    say: Callable[[str], None] = print,
+    attack: PGD | None = None,
+) -> Evaluation:
+    """The learner on test episodes; of regression, after each step, too, unless there is an attack."""
     regression = target_shape_of(episodes.dataset) is not None
-    by_step = regression and learner.inner_steps is not None
+    by_step = regression and learner.inner_steps is not None and attack is None
     options = config.evaluation
-    result = evaluate(learner, episodes, options.episodes, steps=options.test_steps, by_step=by_step)
+    result = evaluate(learner, episodes, options.episodes, steps=options.test_steps, by_step=by_step, attack=attack)
     say(f"new {'tasks' if regression else 'classes'}: {result}")
     if by_step:
         say("  after 0, 1, ... steps: " + ", ".join(f"{value:.4f}" for value in result.by_step))
@@ -187,7 +194,12 @@ def judge(config: Config, learner: Learner, episodes: Episodes, say: Callable[[s
 
 
 def write_report(
-    path: Path, config: Config, device: torch.device | str, result: Evaluation, history: History | None = None
+    path: Path,
+    config: Config,
+    device: torch.device | str,
+    result: Evaluation,
+    history: History | None = None,
+    attacked: Evaluation | None = None,
 ) -> None:
     """A JSON file with all that a figure depends on."""
     content: dict[str, Any] = {
@@ -197,6 +209,8 @@ def write_report(
         "config": config.as_dict(),
         "evaluation": result.as_dict(),
     }
+    if attacked is not None:
+        content["attacked"] = attacked.as_dict()
     if history is not None:
         content["history"] = history.as_dict()
     files.write_json(path, content)
