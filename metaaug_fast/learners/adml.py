@@ -22,11 +22,11 @@ class ADML(MAML):
         minimise the mean over tasks of
             1/2 loss(theta_adv; clean queries of task i) + 1/2 loss(theta_clean; adversarial queries of task i)
 
-    Each arm is judged on the other one's kind of samples. The paper steps down the two sums one after the other, with
-    a rate for each; here they are one meta-loss. Adversarial samples are the clean ones after FGSM: support samples
-    by theta, queries by theta_clean, which they are meant for, as in the code of Goldblum et al. 2020 (arXiv
-    1910.00982) for this method. The gradient takes what the attack adds for a constant. In evaluation it adapts to the
-    support set that it is given, as MAML does; with `radius=0` it is so in training, too.
+    Each arm is judged on the other one's kind of samples. Adversarial samples are the clean ones after FGSM: support
+    samples by theta, queries by theta_clean, which they are meant for, as in the code for this method of Goldblum et
+    al. 2020 (arXiv 1910.00982). The gradient takes what the attack adds for a constant. Both arms go through one inner
+    loop of 2T tasks. In evaluation it adapts to the support set that it is given, as MAML does; with `radius=0` it is
+    so in training, too.
 
     Args:
         model: any module; its parameters are the meta-parameters.

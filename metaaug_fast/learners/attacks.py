@@ -95,6 +95,8 @@ class PGD:
     def _check_inputs(self, x: Tensor) -> None:
         if not x.is_floating_point():
             raise ValueError(f"inputs must be floating point to be attacked (got {x.dtype})")
+        if self.low is None and self.high is None:
+            return
         least, most = (float(value) for value in torch.aminmax(x.detach()))
         low, high = self._limits
         if least < low or most > high:
