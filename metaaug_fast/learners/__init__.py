@@ -16,6 +16,7 @@ from .mamlpp import MAMLpp
 from .matching import MatchingNet
 from .meta_sgd import MetaSGD
 from .meta_transfer import MetaTransfer
+from .metagan import MetaGAN
 from .prompt import PromptTuning
 from .proto_maml import ProtoMAML
 from .protonet import ProtoNet
@@ -37,6 +38,7 @@ LEARNERS = {
     "matching": MatchingNet,
     "meta_sgd": MetaSGD,
     "meta_transfer": MetaTransfer,
+    "metagan": MetaGAN,
     "prompt": PromptTuning,
     "proto_maml": ProtoMAML,
     "protonet": ProtoNet,
@@ -68,6 +70,7 @@ __all__ = [
     "Learner",
     "MAMLpp",
     "MatchingNet",
+    "MetaGAN",
     "MetaSGD",
     "MetaTransfer",
     "Predictor",
