@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -98,7 +97,7 @@ class MetaGAN(Learner):
         given = {"inner_lr": inner_lr, "inner_steps": inner_steps}
         learner = _discriminator(model, {name: value for name, value in given.items() if value is not None})
         self.inside = isinstance(learner, MAML) and weight > 0
-        self.learner = learner
+        self.learner: Any = learner
         if isinstance(learner, MAML) and self.inside:
             self.learner, self.ways = _with_fakes(learner, head)
         shape = sample_shape_of(learner.model) if sample_shape is None else tuple(sample_shape)
@@ -201,14 +200,8 @@ class MetaGAN(Learner):
             real, fake = adapted(tasks.query_x), adapted(fakes)
             out = scored("cross_entropy", real, tasks.query_y)
         else:
-            learner: Any = self.learner
-            features = learner._embed(torch.cat([tasks.support_x, tasks.query_x], 1))
-            support, query = features.split([tasks.support_x.shape[1], tasks.query_x.shape[1]], 1)
-            predict = learner._fit(support, tasks.support_y)
-            real = predict(query)
-            out = learner._score(real, tasks.query_y)
-            with _evaluated(learner):
-                fake = predict(learner._embed(fakes))
+            real, fake = self._logits(tasks, fakes)
+            out = self.learner._score(real, tasks.query_y)
         adversarial = F.softplus(-real.logsumexp(-1)).mean(1) + F.softplus(fake.logsumexp(-1)).mean(1)
         return out, out.task_losses + self.weight * adversarial
 
@@ -217,11 +210,10 @@ class MetaGAN(Learner):
         if self.inside:
             with torch.no_grad():
                 adapted = self._adapted(tasks.support_x, tasks.support_y, support_fakes)
-            return F.softplus(-adapted(fakes).logsumexp(-1)).mean(1)
-        with _evaluated(self.learner):
-            with torch.no_grad():
-                adapted = self.learner.adapt(tasks.support_x, tasks.support_y)
-            return F.softplus(-adapted(fakes).logsumexp(-1)).mean(1)
+            fake = adapted(fakes)
+        else:
+            fake = self._logits(tasks, fakes)[1]
+        return F.softplus(-fake.logsumexp(-1)).mean(1)
 
     def meta_step(self, tasks: TaskBatch, optimizers: Sequence[Optimizer]) -> MetaOutput:
         """One update of the discriminator, then one of the generator; how real queries were classified before."""
@@ -236,6 +228,15 @@ class MetaGAN(Learner):
         _descend(losses.mean(), of_discriminator)
         _descend(self.generator_losses(tasks, fakes, others).mean(), [of_generator])
         return out
+
+    def _logits(self, tasks: TaskBatch, fakes: Tensor) -> tuple[Tensor, Tensor]:
+        """l_1 .. l_N of the real queries and of fakes, by what an `EncoderLearner` takes from the support sets."""
+        learner, real = self.learner, tasks.query_x.shape[1]
+        # Batch norms see real samples and fakes together: otherwise D would tell them apart by that.
+        features = learner._embed(torch.cat([tasks.support_x, tasks.query_x, fakes], 1))
+        support, query = features.tensor_split([tasks.support_x.shape[1]], 1)
+        logits = learner._fit(support, tasks.support_y)(query)
+        return logits[:, :real], logits[:, real:]
 
     def _adapted(self, x: Tensor, y: Tensor, fakes: Tensor | None, **options: Any) -> Predictor:
         """MAML after an inner loop on support samples and on fakes, whose losses are a mean each."""
@@ -323,18 +324,6 @@ def _with_fakes(learner: MAML, head: str | None) -> tuple[MAML, int]:
     twin = replaced(learner, {f"model.{head}" if head else "model": _WithFakes(layer)})
     assert isinstance(twin, MAML)
     return twin, layer.out_features
-
-
-@contextlib.contextmanager
-def _evaluated(learner: nn.Module) -> Iterator[None]:
-    """Meanwhile it is in evaluation mode: fakes do not move running statistics."""
-    modes = {module: module.training for module in learner.modules()}
-    learner.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _descend(loss: Tensor, optimizers: Sequence[Optimizer]) -> None:
