@@ -31,7 +31,7 @@ WEIGHTS = (0.2, 1.0)
 EPISODES = 600
 
 BASES: dict[str, tuple[int, Callable[[], mf.Learner]]] = {
-    "MAML": (2000, lambda: mf.MAML(strided_conv4(5, hidden=16))),
+    "MAML": (1500, lambda: mf.MAML(strided_conv4(5, hidden=16))),
     "Relation Networks": (250, lambda: mf.RelationNet(conv4(hidden=16, pools=2, maps=True), loss="cross_entropy")),
 }
 """Meta-steps, and the learner."""
@@ -64,27 +64,26 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()
+    arms = [(base, weight) for base in BASES for weight in (None, *WEIGHTS)]
+    found: dict[tuple[str, float | None], list[tuple[float, float]]] = {arm: [] for arm in arms}
+    for seed in range(options.seeds):
+        for (base, weight), results in found.items():
+            results.append(trained(base, weight, seed, options.root))
+            print(f"seed {seed}, {base}, weight {weight}: {results[-1][0]:.1f} %", flush=True)
     rows = []
-    for base, (steps, _) in BASES.items():
-        found: dict[float | None, list[tuple[float, float]]] = {weight: [] for weight in (None, *WEIGHTS)}
-        for seed in range(options.seeds):
-            for weight, results in found.items():
-                results.append(trained(base, weight, seed, options.root))
-                print(f"{base}, weight {weight}, seed {seed}: {results[-1][0]:.1f} %", flush=True)
-        alone = [accuracy for accuracy, _ in found[None]]
-        for weight, results in found.items():
-            accuracies = [accuracy for accuracy, _ in results]
-            gains = [one - other for one, other in zip(accuracies, alone, strict=True)]
-            rows.append(
-                (
-                    base if weight is None else f"MetaGAN on {base}",
-                    "" if weight is None else f"{weight:g}",
-                    f"{steps:,}",
-                    with_interval(accuracies),
-                    "" if weight is None else with_interval(gains, "+"),
-                    f"{sum(minutes for _, minutes in results) / len(results):.1f}",
-                )
+    for (base, weight), results in found.items():
+        accuracies = [accuracy for accuracy, _ in results]
+        gains = [accuracy - alone for accuracy, (alone, _) in zip(accuracies, found[base, None], strict=True)]
+        rows.append(
+            (
+                base if weight is None else f"MetaGAN on {base}",
+                "" if weight is None else f"{weight:g}",
+                f"{BASES[base][0]:,}",
+                with_interval(accuracies),
+                "" if weight is None else with_interval(gains, "+"),
+                f"{sum(minutes for _, minutes in results) / len(results):.1f}",
             )
+        )
     print(markdown(HEAD, rows))
     print(f"{options.seeds} seeds; {options.threads} threads, {platform.machine()}, torch {torch.__version__}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ class MetaGAN(Learner):
 
     Args:
         model: a network with an output for each class, of which `MAML` is made, or D itself: a `MAML` or an
-            `EncoderLearner`, such as `mf.MetaGAN(mf.ProtoNet(encoder))`.
+            `EncoderLearner`, such as `mf.MetaGAN(mf.RelationNet(encoder))`. Its logits should be able to be of either
+            sign: `ProtoNet`'s are distances below zero, and hardly ever say that a sample is real.
         inner_lr, inner_steps: of MAML. None: 0.4 and 1. Not for a learner, which has its own.
         weight: of what is adversarial, 1 in the paper. 0: there are no fakes, and D trains as it does alone.
         fakes: of each task, among the queries; as many join the support set of MAML.
@@ -200,8 +202,10 @@ class MetaGAN(Learner):
             real, fake = adapted(tasks.query_x), adapted(fakes)
             out = scored("cross_entropy", real, tasks.query_y)
         else:
-            real, fake = self._logits(tasks, fakes)
+            real, fake, features = self._compared(tasks, fakes)
             out = self.learner._score(real, tasks.query_y)
+            penalty = self.learner._penalty(features, tasks)
+            out = out if penalty is None else replace(out, task_losses=out.task_losses + penalty)
         adversarial = F.softplus(-real.logsumexp(-1)).mean(1) + F.softplus(fake.logsumexp(-1)).mean(1)
         return out, out.task_losses + self.weight * adversarial
 
@@ -212,7 +216,7 @@ class MetaGAN(Learner):
                 adapted = self._adapted(tasks.support_x, tasks.support_y, support_fakes)
             fake = adapted(fakes)
         else:
-            fake = self._logits(tasks, fakes)[1]
+            _, fake, _ = self._compared(tasks, fakes)
         return F.softplus(-fake.logsumexp(-1)).mean(1)
 
     def meta_step(self, tasks: TaskBatch, optimizers: Sequence[Optimizer]) -> MetaOutput:
@@ -229,14 +233,15 @@ class MetaGAN(Learner):
         _descend(self.generator_losses(tasks, fakes, others).mean(), [of_generator])
         return out
 
-    def _logits(self, tasks: TaskBatch, fakes: Tensor) -> tuple[Tensor, Tensor]:
-        """l_1 .. l_N of the real queries and of fakes, by what an `EncoderLearner` takes from the support sets."""
-        learner, real = self.learner, tasks.query_x.shape[1]
-        # Batch norms see real samples and fakes together: otherwise D would tell them apart by that.
-        features = learner._embed(torch.cat([tasks.support_x, tasks.query_x, fakes], 1))
-        support, query = features.tensor_split([tasks.support_x.shape[1]], 1)
-        logits = learner._fit(support, tasks.support_y)(query)
-        return logits[:, :real], logits[:, real:]
+    def _compared(self, tasks: TaskBatch, fakes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """An `EncoderLearner`'s l_1 .. l_N of real queries and of fakes, and the features of real samples.
+
+        Batch norms see real samples and fakes together: otherwise D would tell them apart by that.
+        """
+        shots, queries = tasks.support_x.shape[1], tasks.query_x.shape[1]
+        features = self.learner._embed(torch.cat([tasks.support_x, tasks.query_x, fakes], 1))
+        logits = self.learner._fit(features[:, :shots], tasks.support_y)(features[:, shots:])
+        return logits[:, :queries], logits[:, queries:], features[:, : shots + queries]
 
     def _adapted(self, x: Tensor, y: Tensor, fakes: Tensor | None, **options: Any) -> Predictor:
         """MAML after an inner loop on support samples and on fakes, whose losses are a mean each."""
