@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..tasks import MetaOutput, TaskBatch, check_tensor
 from .base import Adapted, Learner, Predictor, check_steps, gradient_step, one_task_too, scored
 from .encoder import EncoderLearner
 from .maml import MAML
-from .parts import find_head, replaced
+from .parts import find_head, inside, replaced
 from .shapes import sample_shape_of
 
 
@@ -164,7 +164,7 @@ class MetaGAN(Learner):
         """What each task `[T, S, ...]` learns, which predicts the N real logits; one task may lack its T."""
         options = {} if check_steps(self, steps) is None else {"steps": steps}
         if self.inside:
-            return self._adapted(support_x, support_y, self.make(support_x), **options)
+            return self._adapted(support_x, support_y, None, **options)
         adapted: Adapted = self.learner.adapt(support_x, support_y, **options)
         return adapted
 
@@ -195,7 +195,7 @@ class MetaGAN(Learner):
 
         Args:
             fakes: `[T, fakes, ...]`, among the queries.
-            support_fakes: `[T, fakes, ...]`, which join the support set of MAML; not for another learner.
+            support_fakes: `[T, fakes, ...]`, which join the support set of MAML; not for another one. None: made.
         """
         if self.inside:
             adapted = self._adapted(tasks.support_x, tasks.support_y, support_fakes)
@@ -244,11 +244,11 @@ class MetaGAN(Learner):
         return logits[:, :queries], logits[:, queries:], features[:, : shots + queries]
 
     def _adapted(self, x: Tensor, y: Tensor, fakes: Tensor | None, **options: Any) -> Predictor:
-        """MAML after an inner loop on support samples and on fakes, whose losses are a mean each."""
-        assert fakes is not None
+        """MAML after an inner loop on support samples and on fakes, given or made, whose losses are a mean each."""
         if y.is_floating_point():
             raise ValueError(f"support_y must be class ids (got {y.dtype})")
         check_targets("support_y", "cross_entropy", y, (self.ways,))
+        fakes = self.make(x) if fakes is None else fakes
         real, fake = y.shape[1], fakes.shape[1]
         x, y = torch.cat([x, fakes], 1), F.pad(y, (0, fake), value=self.ways)
         weight = x.new_tensor([1 / real] * real + [self.weight / fake] * fake) * (real + fake)
@@ -326,8 +326,14 @@ def _with_fakes(learner: MAML, head: str | None) -> tuple[MAML, int]:
     layer = learner.model.get_submodule(head)
     if not isinstance(layer, nn.Linear):
         raise ValueError(f"head must be a linear layer (got {type(layer).__name__} at {head!r})")
+    if isinstance(learner.inner_lr, Mapping):
+        raise ValueError("model must have the same inner_lr for all parameters (got a mapping)")
     twin = replaced(learner, {f"model.{head}" if head else "model": _WithFakes(layer)})
     assert isinstance(twin, MAML)
+    if learner.adapted is not None:  # patterns, which might match what is fixed
+        prefix = inside(head).removesuffix("*")
+        new = {f"{prefix}{name}": f"{prefix}layer.{name}" for name, _ in layer.named_parameters()}
+        twin.adapted = tuple(new.get(name, name) for name in learner.problem().rates)
     return twin, layer.out_features
 
 

@@ -233,6 +233,22 @@ def test_a_network_becomes_a_maml_that_stays_in_the_fused_engine():
     assert (mf.MetaGAN(network()).learner.inner_lr, mf.MetaGAN(network()).inner_steps) == (0.4, 1)
 
 
+@pytest.mark.parametrize("adapt", ["head.*", "*", ["linear1.weight", "head.bias"]])
+def test_what_adapts_is_what_the_maml_says(adapt):
+    """By name, and never the map that gives fakes their logit of 0."""
+    maml = mf.MAML(network(), adapt=adapt, learn_inner_lr=True)
+    learner = metagan(maml)
+    found = learner.learner.problem().rates
+    assert [name.replace("head.layer", "head") for name in found] == list(maml.problem().rates)
+    batch = class_tasks(5)
+    logits = learner.learner.adapt(batch.support_x, batch.support_y)(batch.query_x)
+    assert not logits[..., WAYS].any()
+    learner.meta_step(batch, learner.optimizers())
+    assert not torch.equal(learner.learner.inner_lr, torch.tensor(0.4).double())
+    alone = mf.MetaGAN(nn.Linear(5, WAYS).double(), inner_steps=2)
+    assert alone.adapt(batch.support_x, batch.support_y)(batch.query_x).shape == (3, 9, WAYS)
+
+
 def test_parameters_are_the_users():
     model = network()
     learner = metagan(model)
@@ -277,6 +293,11 @@ def test_a_generator_of_ones_own():
         ),
         ({"model": mf.MAML(network(), loss="mse")}, ValueError, r"model must minimise 'cross_entropy', without smooth"),
         ({"model": mf.MAML(network()), "inner_lr": 0.1}, ValueError, r"inner_lr must be None where model is a learner"),
+        (
+            {"model": mf.MAML(network(), inner_lr=dict.fromkeys(dict(network().named_parameters()), 0.1))},
+            ValueError,
+            r"model must have the same inner_lr for all parameters \(got a mapping\)",
+        ),
         ({"weight": -1.0}, ValueError, r"weight must be >= 0 \(got -1.0\)"),
         ({"fakes": 0}, ValueError, r"fakes must be >= 1 \(got 0\)"),
         ({"noise": 1.5}, TypeError, r"noise must be an integer \(got 1.5\)"),
