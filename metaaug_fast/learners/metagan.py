@@ -117,7 +117,8 @@ class MetaGAN(Learner):
         for part in (self.generator, self.task_encoder):
             part.to(like)
         self.encoder = learner.encoder  # type: ignore[misc]
-        self.symmetric = learner.symmetric
+        self.order_matters = learner.order_matters
+        self.names_matter = learner.names_matter
 
     @property
     def inner_steps(self) -> int | None:  # type: ignore[override]
