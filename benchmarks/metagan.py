@@ -4,7 +4,7 @@ DIR holds Omniglot's official archives. 5-way 1-shot, 5 queries a class, 8 tasks
 and Relation Networks, by cross-entropy, both of 16 filters, each alone and in MetaGAN with two weights of what is
 adversarial, 1 being the paper's. In a seed all arms of a base start from the same network, and see the same episodes.
 Judged on 600 episodes of the 423 test characters, the same in every row. Means over seeds, gains over the base in pairs
-of a seed, with 95 % intervals by Student's t. A quarter of an hour on a core.
+of a seed, with 95 % intervals by Student's t. Half an hour on a core that others use, too.
 """
 
 from __future__ import annotations
