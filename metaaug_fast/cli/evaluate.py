@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from matplotlib.backend_bases import FigureCanvasBase
+from torch import Tensor
 
 from .. import files
 from ..learners.attacks import FGSM, PGD
@@ -183,12 +184,12 @@ def _plot(config: Config, learner: Learner, source: Any, steps: int | None, path
     tasks = make_episodes(config, "test", source).batch(0)
     there = tasks.to(device_of(learner))
     wanted = sorted({0, 1, steps}) if regression and steps is not None else [steps]
-    curves = {}
+    curves: dict[int | None, Tensor] = {}
     for number in wanted:
         given = {} if number is None else {"steps": number}
-        curves[number or 0] = learner.adapt(there.support_x, there.support_y, **given)(there.query_x).cpu()
+        curves[number] = learner.adapt(there.support_x, there.support_y, **given)(there.query_x).cpu()
     if regression:
         plot_sinusoid(tasks, curves, path)
     else:
-        plot_episode(tasks, curves[steps or 0], path)
+        plot_episode(tasks, curves[steps], path)
     print(f"picture: {path}")

@@ -4,12 +4,14 @@ from .draws import Draws
 from .episodes import Episodes, Loader
 from .fixed import load_tasks, save_tasks
 from .fixed_labels import FixedLabels
+from .pixels import Pixels
 from .readers import (
     Cifar10,
     Cifar100,
     Clinc150,
     FashionMnist,
     Folder,
+    GaussianProcesses,
     Glyphs,
     Idx,
     Kmnist,
@@ -38,6 +40,7 @@ __all__ = [
     "FashionMnist",
     "FixedLabels",
     "Folder",
+    "GaussianProcesses",
     "Glyphs",
     "Idx",
     "Kmnist",
@@ -45,6 +48,7 @@ __all__ = [
     "MiniImageNet",
     "Mnist",
     "Omniglot",
+    "Pixels",
     "Sinusoids",
     "TaskSource",
     "Text",

@@ -7,6 +7,7 @@ from .attacks import FGSM, PGD, attack_queries
 from .base import Adapted, Learner, Predictor, class_means, class_members, one_task_too
 from .boil import BOIL
 from .cavia import CAVIA, Contextual
+from .cnp import CNP
 from .encoder import EncoderLearner
 from .gradient import GradientLearner
 from .hard_tasks import HardTasks
@@ -32,6 +33,7 @@ LEARNERS = {
     "anil": ANIL,
     "boil": BOIL,
     "cavia": CAVIA,
+    "cnp": CNP,
     "imaml": IMAML,
     "maml": MAML,
     "mamlpp": MAMLpp,
@@ -54,6 +56,7 @@ __all__ = [
     "ANIL",
     "BOIL",
     "CAVIA",
+    "CNP",
     "FGSM",
     "IMAML",
     "MAML",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..engine.encoding import encode
 from ..tasks import MetaOutput, TaskBatch
-from .base import Learner, Predictor, check_steps, one_task_too, scored
+from .base import Adapted, Learner, Predictor, check_steps, one_task_too, scored
 
 Predict = Callable[[Tensor], Tensor]
 
@@ -88,7 +88,7 @@ class EncoderLearner(Learner):
         return replace(out, loss=losses.mean(), task_losses=losses)
 
     @one_task_too
-    def adapt(self, support_x: Tensor, support_y: Tensor, **given: Any) -> Predictor:
+    def adapt(self, support_x: Tensor, support_y: Tensor, **given: Any) -> Adapted:
         """What each task `[T, S, ...]` learns from its support set; one task may lack its T."""
         self._check_given(given)
         predict = self._fit(self._embed(support_x), support_y, **given)

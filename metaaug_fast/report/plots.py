@@ -161,7 +161,7 @@ def plot_learning_curve(history: History, path: str | Path, title: str = "") -> 
     style(axes, "meta-steps", "accuracy, %" if classes else "loss")
     if classes:
         axes.set_ylim(top=101)
-    else:
+    elif min([*values, *(point.mean for point in history.validation)], default=1.0) > 0:  # not of densities
         axes.set_yscale("log")
     axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     if title:
@@ -169,12 +169,12 @@ def plot_learning_curve(history: History, path: str | Path, title: str = "") -> 
     _write(figure, path)
 
 
-def plot_sinusoid(tasks: TaskBatch, curves: Mapping[int, Tensor], path: str | Path, panels: int = 3) -> None:
+def plot_sinusoid(tasks: TaskBatch, curves: Mapping[int | None, Tensor], path: str | Path, panels: int = 3) -> None:
     """Regression tasks before and after adaptation, a panel for each of the first tasks.
 
     Args:
         tasks: scalar inputs and targets; the queries, sorted by x, draw the true curve.
-        curves: predictions on the queries `[T, Q, 1]` after so many inner steps.
+        curves: predictions on the queries `[T, Q, 1]` after so many inner steps; of None where there is no inner loop.
         path: where to write; the suffix names the format.
         panels: how many tasks.
 
@@ -195,8 +195,10 @@ def plot_sinusoid(tasks: TaskBatch, curves: Mapping[int, Tensor], path: str | Pa
         axes.plot(
             x[order], tasks.query_y[task].detach().flatten()[order], color=INK, lw=1.2, ls=(0, (4, 3)), label="truth"
         )
-        for color, (steps, curve) in zip(shades, sorted(curves.items()), strict=False):
-            label = "before adaptation" if steps == 0 else f"after {steps} step{'s' * (steps > 1)}"
+        for color, steps in zip(shades, sorted(curves, key=lambda steps: steps or 0), strict=False):
+            curve = curves[steps]
+            label = f"after {steps} step{'s' * (steps != 1)}" if steps else "before adaptation"
+            label = "prediction" if steps is None else label
             axes.plot(x[order], curve[task].detach().flatten()[order], color=color, lw=1.8, label=label)
         axes.plot(
             tasks.support_x[task].flatten(), tasks.support_y[task].flatten(), "o", color=INK, ms=4.5, label="support"

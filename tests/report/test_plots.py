@@ -17,9 +17,13 @@ def picture(path):
     return torch.from_numpy(matplotlib.image.imread(path)[..., :3].copy())
 
 
-def has_color(pixels, name):
+def of_color(pixels, name):
     color = torch.tensor([int(name[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-    return bool(((pixels - color).abs().amax(-1) < 0.02).any())
+    return (pixels - color).abs().amax(-1) < 0.02
+
+
+def has_color(pixels, name):
+    return bool(of_color(pixels, name).any())
 
 
 def episode(ways=5, shots=2, queries=3, channels=1):
@@ -81,12 +85,31 @@ def test_learning_curve_shows_validation_where_there_is_one(tmp_path):
     assert has_color(picture(tmp_path / "loss.png"), plots.SECOND)
 
 
+def test_losses_below_zero_are_drawn_too(tmp_path):
+    """As those of densities are."""
+    training = [Point(step, 1 / step - 0.5) for step in range(1, 50)]
+    validation = [ValidationPoint(step, -0.4, 0.01, 0.4) for step in (10, 20, 40)]
+    plots.plot_learning_curve(History(training, validation), tmp_path / "loss.png")
+    columns = of_color(picture(tmp_path / "loss.png"), plots.SECOND).any(0).nonzero()
+    assert columns.max() - columns.min() > 400  # of 960: not the legend alone
+
+
 def test_sinusoids_before_and_after(tmp_path):
     x = torch.linspace(-5, 5, 80).reshape(1, -1, 1).repeat(4, 1, 1)
     tasks = TaskBatch(x[:, ::10], x[:, ::10].sin(), x, x.sin())
     plots.plot_sinusoid(tasks, {0: 0 * x, 1: 0.7 * x.sin(), 10: x.sin()}, tmp_path / "s.png")
     pixels = picture(tmp_path / "s.png")
     assert all(has_color(pixels, color) for color in (plots.MUTED, plots.SECOND, plots.ACCENT))
+
+
+def test_curves_are_labelled_by_their_inner_steps(tmp_path):
+    x = torch.linspace(-5, 5, 20).reshape(1, -1, 1)
+    tasks, labels = TaskBatch(x[:, ::10], x[:, ::10].sin(), x, x.sin()), []
+    for curves in ({0: x, 1: x, 3: x}, {None: x}):  # None: of a learner without an inner loop
+        plots.plot_sinusoid(tasks, curves, tmp_path / "s.svg", panels=1)
+        texts = re.findall(r"<!-- (.*?) -->", (tmp_path / "s.svg").read_text())
+        labels.append([text for text in texts if "adaptation" in text or "step" in text or "predict" in text])
+    assert labels == [["before adaptation", "after 1 step", "after 3 steps"], ["prediction"]]
 
 
 def test_pyplot_is_left_alone(tmp_path):

@@ -7,6 +7,7 @@ A reader is a class whose objects tasks can be drawn from. Its constructor's arg
 from .cifar import Cifar10, Cifar100
 from .clinc150 import Clinc150
 from .folder import Folder
+from .gaussian_process import GaussianProcesses
 from .glyphs import Glyphs
 from .idx import FashionMnist, Idx, Kmnist, Mnist
 from .mini_imagenet import MiniImageNet
@@ -25,6 +26,7 @@ READERS = {
     "clinc150": Clinc150,
     "csv": Text,
     "folder": Folder,
+    "gp": GaussianProcesses,
     "mini_imagenet": MiniImageNet,
     "omniglot": Omniglot,
     "sinusoid": Sinusoids,
@@ -37,6 +39,7 @@ __all__ = [
     "Clinc150",
     "FashionMnist",
     "Folder",
+    "GaussianProcesses",
     "Glyphs",
     "Idx",
     "Kmnist",
