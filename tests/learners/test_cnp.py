@@ -148,6 +148,7 @@ def test_distributions_are_torchs(attention):
     assert one.distribution(classes.query_x[0]).log_prob(classes.query_y[0]).shape == (9,)
 
 
+@torch.no_grad()
 def test_training_varies_the_number_of_context_points():
     """The first n of each task, n as torch's generator gives it; evaluation takes all."""
     learner, tasks = regressor(vary_context=True), regression_tasks()
@@ -179,6 +180,7 @@ def regressor_like(learner):
     return twin
 
 
+@torch.no_grad()
 def test_classes_keep_all_their_samples_in_training():
     learner, tasks = mf.CNP(encoder(), vary_context=True).double(), class_tasks(5)
     assert len({float(learner(tasks).loss) for _ in range(20)}) == 1
