@@ -18,6 +18,7 @@ from .matching import MatchingNet
 from .meta_sgd import MetaSGD
 from .meta_transfer import MetaTransfer
 from .metagan import MetaGAN
+from .platipus import PLATIPUS
 from .prompt import PromptTuning
 from .proto_maml import ProtoMAML
 from .protonet import ProtoNet
@@ -41,6 +42,7 @@ LEARNERS = {
     "meta_sgd": MetaSGD,
     "meta_transfer": MetaTransfer,
     "metagan": MetaGAN,
+    "platipus": PLATIPUS,
     "prompt": PromptTuning,
     "proto_maml": ProtoMAML,
     "protonet": ProtoNet,
@@ -61,6 +63,7 @@ __all__ = [
     "IMAML",
     "MAML",
     "PGD",
+    "PLATIPUS",
     "R2D2",
     "SNAIL",
     "Adapted",
