@@ -6,6 +6,7 @@ from .fixed import load_tasks, save_tasks
 from .fixed_labels import FixedLabels
 from .pixels import Pixels
 from .readers import (
+    AmbiguousCurves,
     Cifar10,
     Cifar100,
     Clinc150,
@@ -29,6 +30,7 @@ ClassImages = ClassSamples
 """Its name while it was thought to hold pictures only."""
 
 __all__ = [
+    "AmbiguousCurves",
     "Cifar10",
     "Cifar100",
     "ClassImages",

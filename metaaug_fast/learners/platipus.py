@@ -74,6 +74,7 @@ class PLATIPUS(UnrolledLearner):
     """
 
     names_matter = True
+    meta_steps: Tensor
 
     def __init__(
         self,
@@ -184,7 +185,7 @@ class PLATIPUS(UnrolledLearner):
     def meta_step(self, tasks: TaskBatch, optimizers: Sequence[Optimizer]) -> MetaOutput:
         """One update from a batch of tasks, which `kl_steps` counts."""
         out = gradient_step(self, tasks, optimizers)
-        self.meta_steps += 1
+        self.meta_steps.add_(1)
         return out
 
     def specification(
@@ -221,12 +222,12 @@ class PLATIPUS(UnrolledLearner):
         """Algorithm 1's, of a theta that is drawn from q for each task."""
         mu = reference.pack(problem.parameters)
         noise = self._noise(problem, len(support.x))
-        on_support = self._gradient(problem, support, adapt)
+        on_support = self._descent(problem, support, adapt)
         self._check_query(problem, support, query)
-        on_query = self._gradient(problem, Support(query.x, query.y), adapt)
-        prior = mu - self.gamma_p * on_support
-        posterior = mu - self.gamma_q * (on_support + on_query)
-        theta = posterior + self.log_posterior_std.exp() * noise
+        on_query = self._descent(problem, Support(query.x, query.y), adapt)
+        prior = mu + self.gamma_p * on_support
+        posterior = mu + self.gamma_q * (on_support + on_query)
+        theta = torch.addcmul(posterior, self.log_posterior_std.exp(), noise)
         out = judge(problem, replace(support, initial=theta), query)
         divergence = gaussian_divergence(posterior, self.log_posterior_std, prior, self.log_prior_std)
         penalty = self._kl_weight(divergence) * divergence
@@ -247,7 +248,7 @@ class PLATIPUS(UnrolledLearner):
         problem = self.problem(check_steps(self, steps))
         support = Support(support_x, support_y, sample_weight)
         adapt, _ = self._engine()
-        prior = reference.pack(problem.parameters) - self.gamma_p * self._gradient(problem, support, adapt)
+        prior = reference.pack(problem.parameters) + self.gamma_p * self._descent(problem, support, adapt)
         generator = Generator().manual_seed(self.seed) if generator is None else generator
         noise = self._noise(problem, draws, generator)
         theta = prior.unsqueeze(1) + self.log_prior_std.exp() * noise
@@ -260,11 +261,11 @@ class PLATIPUS(UnrolledLearner):
         repeated = Support(x, y, weight, initial=theta.flatten(0, 1))
         return Drawn(adapt_tasks(problem, repeated, self.backend), draws)
 
-    def _gradient(self, problem: InnerProblem, data: Support, adapt: Adapt) -> Tensor:
-        """The gradient of L at mu of each task, `[T, P]`: how far a step of rate 1 goes."""
+    def _descent(self, problem: InnerProblem, data: Support, adapt: Adapt) -> Tensor:
+        """-grad L(mu; data) of each task, `[T, P]`: how far the inner loop goes in a step of rate 1."""
         one = Rate(self.gamma_p.new_ones(()))
         step = replace(problem, steps=1, rates=dict.fromkeys(problem.rates, one), momentum=0.0, weight_decay=0.0)
-        return reference.pack(problem.parameters) - adapt(step, data)
+        return adapt(step, data) - reference.pack(problem.parameters)
 
     def _noise(self, problem: InnerProblem, count: int, generator: Generator | None = None) -> Tensor:
         """Standard normal, `[count, P]`, and 0 where nothing adapts.
@@ -287,8 +288,7 @@ class PLATIPUS(UnrolledLearner):
         """As it stands after the meta-steps taken so far."""
         if not self.kl_steps:
             return like.new_tensor(self.kl_weight)
-        steps: Any = self.meta_steps
-        return self.kl_weight * (steps.to(like.dtype) / self.kl_steps).clamp(max=1)
+        return self.kl_weight * (self.meta_steps.to(like.dtype) / self.kl_steps).clamp(max=1)
 
     def _check_query(self, problem: InnerProblem, support: Support, query: Query) -> None:
         ids = query.x.dtype == torch.int64
@@ -356,7 +356,7 @@ def average(loss: Loss, predictions: Tensor) -> Tensor:
 
 
 def gaussian_divergence(mean: Tensor, log_std: Tensor, other_mean: Tensor, other_log_std: Tensor) -> Tensor:
-    """KL divergence of a Gaussian of independent elements from another one: `[..., P]` to `[...]`.
+    """KL divergence of Gaussians of independent elements from others: means `[..., P]`, deviations `[P]`, to `[...]`.
 
         sum of log(s' / s) + (s^2 + (m - m')^2) / (2 s'^2) - 1/2
 
@@ -364,6 +364,6 @@ def gaussian_divergence(mean: Tensor, log_std: Tensor, other_mean: Tensor, other
     >>> gaussian_divergence(zero + 2, zero, zero, zero)         # 2^2 / 2
     tensor(2.)
     """
-    ratio = log_std - other_log_std
-    distance = (mean - other_mean) * (-other_log_std).exp()
-    return 0.5 * ((2 * ratio).expm1() - 2 * ratio + distance.square()).sum(-1)
+    ratio = 2 * (log_std - other_log_std)
+    distance = (mean - other_mean).square() @ (-2 * other_log_std).exp()
+    return 0.5 * (distance + (ratio.expm1() - ratio).sum(-1))

@@ -215,6 +215,49 @@ def plot_sinusoid(tasks: TaskBatch, curves: Mapping[int | None, Tensor], path: s
     _write(figure, path)
 
 
+def plot_draws(tasks: TaskBatch, curves: Tensor, path: str | Path, panels: int = 4) -> None:
+    """Regression tasks that can be read in several ways: a panel for each of the first tasks, a curve for each draw.
+
+    Args:
+        tasks: scalar inputs and targets; the queries, sorted by x, draw the true curve.
+        curves: what each of D draws predicts for the queries, `[T, D, Q]` or `[T, D, Q, 1]`.
+        path: where to write; the suffix names the format.
+        panels: how many tasks.
+
+    Raises:
+        ValueError: the curves do not fit the queries.
+
+    >>> import tempfile, torch
+    >>> x = torch.linspace(-5, 5, 50).reshape(1, -1, 1)
+    >>> batch = TaskBatch(x[:, ::20], x[:, ::20].sin(), x, x.sin())
+    >>> path = Path(tempfile.mkdtemp()) / "draws.png"
+    >>> plot_draws(batch, torch.stack([x.sin(), 0.3 * x], 1), path)
+    >>> path.exists()
+    True
+    """
+    count, queries = tasks.query_x.shape[:2]
+    if curves.ndim not in (3, 4) or (len(curves), *curves.shape[2:]) not in ((count, queries), (count, queries, 1)):
+        raise ValueError(f"curves must be [{count}, draws, {queries}] (got {tuple(curves.shape)})")
+    panels = min(panels, count)
+    figure = Figure(figsize=(3.0 * panels + 0.4, 3.1), dpi=150, facecolor="white", layout="constrained")
+    for task, axes in enumerate(np.atleast_1d(figure.subplots(1, panels))):
+        x, order = tasks.query_x[task].detach().flatten(), tasks.query_x[task].detach().flatten().argsort()
+        own = curves[task].detach().flatten(1)
+        for draw, curve in enumerate(own):
+            label = "draws" if draw == 0 else None
+            axes.plot(x[order], curve[order], color=ACCENT, lw=1.1, alpha=max(0.25, 1 / len(own)), label=label)
+        truth = tasks.query_y[task].detach().flatten()
+        axes.plot(x[order], truth[order], color=INK, lw=1.4, ls=(0, (4, 3)), label="truth")
+        axes.plot(
+            tasks.support_x[task].flatten(), tasks.support_y[task].flatten(), "o", color=SECOND, ms=5.5,
+            label="support", zorder=3,
+        )  # fmt: skip
+        style(axes, "x", "y" if task == 0 else "")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9, labelcolor=INK)
+    _write(figure, path)
+
+
 def plot_policy(policy: AugmentationPolicy, path: str | Path, support_x: Tensor | None = None) -> None:
     """How often each transform of a policy is applied, and how strongly.
 

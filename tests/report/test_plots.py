@@ -112,6 +112,23 @@ def test_curves_are_labelled_by_their_inner_steps(tmp_path):
     assert labels == [["before adaptation", "after 1 step", "after 3 steps"], ["prediction"]]
 
 
+@pytest.mark.parametrize("last", [(), (1,)], ids=["[T, D, Q]", "[T, D, Q, 1]"])
+def test_every_draw_is_a_curve(tmp_path, last):
+    x = torch.linspace(-5, 5, 80).reshape(1, -1, 1).repeat(2, 1, 1)
+    tasks = TaskBatch(x[:, ::40], x[:, ::40].sin(), x, x.sin())
+    inks = []
+    for draws in (1, 6):
+        curves = torch.linspace(-1, 1, draws).view(1, -1, 1) * x.squeeze(-1).unsqueeze(1)
+        plots.plot_draws(tasks, curves.reshape(2, draws, 80, *last), tmp_path / "draws.png", panels=1)
+        pixels = picture(tmp_path / "draws.png")
+        assert has_color(pixels, plots.SECOND)
+        assert has_color(pixels, plots.INK)
+        inks.append(float((pixels[..., 2] - pixels[..., 0] > 0.15).float().mean()))  # of the draws' blue
+    assert inks[1] > 2 * inks[0]
+    with pytest.raises(ValueError, match=r"curves must be \[2, draws, 80\] \(got \(2, 80\)\)"):
+        plots.plot_draws(tasks, x.squeeze(-1), tmp_path / "x.png")
+
+
 def test_pyplot_is_left_alone(tmp_path):
     script = f"""
 import sys

@@ -4,6 +4,7 @@ A reader is a class whose objects tasks can be drawn from. Its constructor's arg
 `data` section; `split` is given by the run.
 """
 
+from .ambiguous import AmbiguousCurves
 from .cifar import Cifar10, Cifar100
 from .clinc150 import Clinc150
 from .folder import Folder
@@ -16,6 +17,7 @@ from .sinusoid import Sinusoids
 from .text import Text
 
 READERS = {
+    "ambiguous": AmbiguousCurves,
     "cifar10": Cifar10,
     "cifar100": Cifar100,
     "glyphs": Glyphs,
@@ -34,6 +36,7 @@ READERS = {
 """The names by which a run knows them."""
 
 __all__ = [
+    "AmbiguousCurves",
     "Cifar10",
     "Cifar100",
     "Clinc150",
