@@ -8,10 +8,10 @@ sinusoid, `a sin x + b cos x`, which has an amplitude and a phase; both by least
 where the root mean square it leaves is below half of what the other one leaves; else it is neither. A task has both
 readings if a draw in ten is a line, and a draw in ten a sinusoid. MAML has one curve, and so at most one reading.
 
-By Bayes's rule, over a grid of each family's parameters, the points make a line as probable as they do: tasks are
-ambiguous in which that is between a tenth and nine tenths, and clear otherwise. "Right" is the share of draws whose
-reading is the true one. The error is of the mean prediction at 100 inputs, without noise; "best draw" is that of the
-draw that is closest in each task.
+Tasks are ambiguous whose points, by Bayes's rule, make a line more probable than a tenth and less than nine tenths, and
+clear otherwise; the row of that name has draws of curves from the exact posterior, over a grid of parameters. "Right"
+is the share of draws whose reading is the true one. The error is of the mean prediction at 100 inputs, without noise;
+"best draw" is that of the draw that is closest in each task.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ HEAD = (
     "learner", "error", "best draw", "both, ambiguous, %", "both, clear, %", "right, ambiguous, %", "right, clear, %",
     "ms a meta-step", "minutes",
 )  # fmt: skip
-INNER = {"inner_lr": 0.003, "inner_steps": 5, "loss": "mse"}
-PLATIPUS = {"kl_weight": 0.1, "init_std": 0.02, "gamma_p": 0.001, "gamma_q": 0.001}
+INNER = {"inner_lr": 0.01, "inner_steps": 5, "loss": "mse"}
+PLATIPUS = {"kl_weight": 0.1, "init_std": 0.1, "gamma_p": 0.01, "gamma_q": 0.01}
 NOISE, TESTED, TASKS, POINTS, SEED = 0.3, 300, 25, 100, 1_000_003
+HIDDEN, ACTIVATION, META_LR = (40, 40), "tanh", 0.003
 LINE, SINUSOID, NEITHER = 0, 1, 2
 
 
@@ -56,37 +57,44 @@ def readings(x: Tensor, curves: Tensor) -> Tensor:
     return found
 
 
-def chance_of_a_line(tasks: mf.TaskBatch, source: AmbiguousCurves, cells: int = 100) -> Tensor:
-    """The posterior probability of each task's being a line, by its support set, `[T]`."""
+def bayes(tasks: mf.TaskBatch, source: AmbiguousCurves, draws: int, cells: int = 100) -> tuple[Tensor, Tensor]:
+    """What the points leave open: each task's probability of being a line, `[T]`, and draws of curves `[T, D, N]`.
+
+    Exact but for the grid of `cells` times `cells` parameters of each family.
+    """
     grid = (torch.arange(cells, dtype=torch.float64) + 0.5) / cells
-    x, y = (value.double().squeeze(-1)[:, None, None] for value in (tasks.support_x, tasks.support_y))
+    x, y, inputs = (value.double().squeeze(-1) for value in (tasks.support_x, tasks.support_y, tasks.query_x))
 
-    def over(extent: tuple[float, float]) -> Tensor:
-        return extent[0] + (extent[1] - extent[0]) * grid
+    def curves(at: Tensor) -> Tensor:
+        slope, intercept, amplitude, phase = (
+            low + (high - low) * grid for low, high in (source.slope, source.intercept, source.amplitude, source.phase)
+        )
+        line = slope[:, None, None] * at + intercept[:, None]
+        sinusoid = amplitude[:, None, None] * (at - phase[:, None]).sin()
+        return torch.cat([line.flatten(0, 1), sinusoid.flatten(0, 1)])
 
-    def evidence(curve: Tensor) -> Tensor:
-        return (-((y - curve) ** 2).sum(-1) / (2 * source.noise**2)).flatten(1).logsumexp(1)
+    prior = torch.tensor([source.lines, 1 - source.lines]).double().repeat_interleave(cells**2)
+    fits = torch.stack([(own_y - curves(own_x)).square().sum(-1) for own_x, own_y in zip(x, y, strict=True)])
+    posterior = (prior.log() - fits / (2 * source.noise**2)).softmax(-1)
+    drawn = posterior.multinomial(draws, replacement=True, generator=torch.Generator().manual_seed(0))
+    return posterior[:, : cells**2].sum(-1), curves(inputs[0])[drawn]
 
-    lines = evidence(over(source.slope)[:, None, None] * x + over(source.intercept)[:, None])
-    sinusoids = evidence(over(source.amplitude)[:, None, None] * (x - over(source.phase)[:, None]).sin())
-    return (lines - sinusoids).sigmoid()
 
-
-def tests(shots: int) -> tuple[mf.TaskBatch, Tensor, Tensor]:
-    """Test tasks whose queries are true curves at even inputs; which are lines; and how probably, by their points."""
+def tests(shots: int) -> tuple[mf.TaskBatch, Tensor]:
+    """Test tasks whose queries are true curves at even inputs, and which are lines, `[T]`."""
     source = AmbiguousCurves(noise=NOISE)
     drawn = Episodes(source, shots=shots, queries=1, tasks=TESTED, seed=SEED).batch(0)
     line, first, second = (torch.from_numpy(each) for each in source.curves(Draws(SEED, 0, TESTED)))
     x = torch.linspace(*source.x, POINTS, dtype=torch.float64).expand(TESTED, -1)
     y = torch.where(line, first * x + second, first * (x - second).sin())
     batch = mf.TaskBatch(*drawn.tensors[:2], x.unsqueeze(-1).float(), y.unsqueeze(-1).float())
-    return batch, line.squeeze(1), chance_of_a_line(batch, source)
+    return batch, line.squeeze(1)
 
 
 def learner(kind: str, seed: int, draws: int) -> mf.Learner:
     """A fresh one."""
     torch.manual_seed(seed)
-    model = mf.models.mlp([1, 100, 100, 1])
+    model = mf.models.mlp([1, *HIDDEN, 1], activation=ACTIVATION)
     if kind == "MAML":
         return mf.MAML(model, **INNER)
     options: dict[str, Any] = INNER | PLATIPUS
@@ -126,9 +134,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="(1)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    tasks, line, chance = tests(options.shots)
+    tasks, line = tests(options.shots)
+    chance, best = bayes(tasks, AmbiguousCurves(noise=NOISE), options.draws)
     ambiguous = (chance > 0.1) & (chance < 0.9)
-    rows = []
+    rows = [("Bayes's rule", *_with_intervals(torch.tensor([figures(best, tasks, line, chance)])), "", "")]
     for kind in ("MAML", "PLATIPUS"):
         found = []
         for seed in range(options.seeds):
@@ -136,7 +145,7 @@ def main() -> None:
             source = AmbiguousCurves(noise=NOISE)
             episodes = Episodes(source, shots=options.shots, queries=20, tasks=TASKS, seed=seed)
             cpu = time.process_time()
-            mf.train(trained, episodes, options.steps, meta_lr=1e-3, schedule="linear", clip_norm=10.0, progress=False)
+            mf.train(trained, episodes, options.steps, meta_lr=META_LR, schedule="linear", clip_norm=10.0, progress=False)
             seconds = time.process_time() - cpu
             curves = curves_of(trained, tasks)
             found.append([*figures(curves, tasks, line, chance), 1000 * seconds / options.steps, seconds / 60])
@@ -162,7 +171,7 @@ def _with_intervals(values: Tensor) -> list[str]:
         f"{mean:.{places}f} ± {wide:.{places}f}" if seeds > 1 else f"{mean:.{places}f}"
         for mean, wide, places in zip(means, spread, digits, strict=False)
     ]
-    return [*texts, f"{means[-2]:.1f}", f"{means[-1]:.1f}"]
+    return [*texts, *(f"{mean:.1f}" for mean in means[len(digits) :])]
 
 
 if __name__ == "__main__":
