@@ -37,7 +37,7 @@ HEAD = (
     "ms a meta-step", "minutes",
 )  # fmt: skip
 INNER = {"inner_lr": 0.01, "inner_steps": 5, "loss": "mse"}
-PLATIPUS = {"kl_weight": 0.1, "init_std": 0.1, "gamma_p": 0.01, "gamma_q": 0.01}
+PLATIPUS = {"kl_weight": 0.3, "init_std": 0.1, "gamma_p": 0.01, "gamma_q": 0.01}
 NOISE, TESTED, TASKS, POINTS, SEED = 0.3, 300, 25, 100, 1_000_003
 HIDDEN, ACTIVATION, META_LR = (40, 40), "tanh", 0.003
 LINE, SINUSOID, NEITHER = 0, 1, 2
