@@ -219,7 +219,7 @@ class PLATIPUS(UnrolledLearner):
     def _objective(
         self, problem: InnerProblem, support: Support, query: Query, adapt: Adapt, judge: Judge
     ) -> MetaOutput:
-        """Algorithm 1's, of a theta that is drawn from q for each task."""
+        """That of training, of a theta that is drawn from q for each task."""
         mu = reference.pack(problem.parameters)
         noise = self._noise(problem, len(support.x))
         on_support = self._descent(problem, support, adapt)
@@ -252,12 +252,8 @@ class PLATIPUS(UnrolledLearner):
         generator = Generator().manual_seed(self.seed) if generator is None else generator
         noise = self._noise(problem, draws, generator)
         theta = prior.unsqueeze(1) + self.log_prior_std.exp() * noise
-        x, y, weight = (
-            value if value is None else value.repeat_interleave(draws, 0)
-            for value in (support_x, support_y, sample_weight)
-        )
-        assert x is not None
-        assert y is not None
+        x, y = (value.repeat_interleave(draws, 0) for value in (support_x, support_y))
+        weight = None if sample_weight is None else sample_weight.repeat_interleave(draws, 0)
         repeated = Support(x, y, weight, initial=theta.flatten(0, 1))
         return Drawn(adapt_tasks(problem, repeated, self.backend), draws)
 
