@@ -145,7 +145,9 @@ def main() -> None:
             source = AmbiguousCurves(noise=NOISE)
             episodes = Episodes(source, shots=options.shots, queries=20, tasks=TASKS, seed=seed)
             cpu = time.process_time()
-            mf.train(trained, episodes, options.steps, meta_lr=META_LR, schedule="linear", clip_norm=10.0, progress=False)
+            mf.train(
+                trained, episodes, options.steps, meta_lr=META_LR, schedule="linear", clip_norm=10.0, progress=False
+            )
             seconds = time.process_time() - cpu
             curves = curves_of(trained, tasks)
             found.append([*figures(curves, tasks, line, chance), 1000 * seconds / options.steps, seconds / 60])

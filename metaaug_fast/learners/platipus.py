@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from ..checks import check_choice, check_count, check_integer, check_number
+from ..checks import check_choice, check_count, check_integer, check_number, check_positive
 from ..engine import reference
 from ..engine.choice import choose_executor
 from ..engine.fast_weights import FastWeights
@@ -98,15 +98,9 @@ class PLATIPUS(UnrolledLearner):
     ) -> None:
         check_count("draws", draws, low=1)
         check_count("kl_steps", kl_steps)
-        for name, value in (
-            ("kl_weight", kl_weight),
-            ("init_std", init_std),
-            ("gamma_p", gamma_p),
-            ("gamma_q", gamma_q),
-        ):
+        check_positive("init_std", init_std)
+        for name, value in (("kl_weight", kl_weight), ("gamma_p", gamma_p), ("gamma_q", gamma_q)):
             check_number(name, value)
-        if not init_std > 0:
-            raise ValueError(f"init_std must be > 0 (got {init_std})")
         check_choice("batch_norm", batch_norm, POLICIES)
         check_integer("seed", seed, low=0)
         super().__init__(model, inner_lr, inner_steps, first_order, loss, batch_norm, backend, **options)
