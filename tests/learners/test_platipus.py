@@ -340,8 +340,8 @@ def test_draws_cover_what_a_point_leaves_open():
         learner.meta_step(ambiguous(25), optimizers)
     batch = ambiguous(1)
     each = learner.adapt(*batch.tensors[:2]).each(batch.query_x).detach().mean((0, 2, 3))
-    assert (each > 1).sum() >= 5
-    assert (each < -1).sum() >= 5
+    assert (each > 1).sum() >= 3
+    assert (each < -1).sum() >= 3
 
 
 @pytest.mark.parametrize(
