@@ -16,8 +16,8 @@ ROOTED = (
     "omniglot",
 )  # fmt: skip
 ROOT = {name: {"root": "here"} for name in ROOTED}
-REGRESSION = ("ambiguous", "sinusoid")
-MODEL = {"ambiguous": "mlp", "sinusoid": "mlp", "clinc150": "deep_averaging", "csv": "deep_averaging"}
+REGRESSION = tuple(name for name, reader in READERS.items() if getattr(reader, "target_shape", None) is not None)
+MODEL = {**dict.fromkeys(REGRESSION, "mlp"), "clinc150": "deep_averaging", "csv": "deep_averaging"}
 """That suits the data; the other data are pictures."""
 
 
