@@ -10,9 +10,10 @@ from torch import Generator, Tensor
 from torch.optim import Optimizer
 
 from ..checks import check_integer
+from ..learners.around import Around
 from ..learners.base import Learner, one_task_too
 from ..tasks import MetaOutput, TaskBatch
-from .parts import Around, check_second_order
+from .parts import check_second_order
 from .policy import AugmentationPolicy
 from .transforms import Drawn
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ..checks import check_count, check_integer
 from ..engine.encoding import encode
+from ..learners.around import Around
 from ..learners.base import Learner, one_task_too
 from ..tasks import MetaOutput, TaskBatch, check_tensor
-from .parts import Around, Behind, check_second_order, checked_few, in_turn, labels_of
+from .parts import Behind, check_second_order, checked_few, in_turn, labels_of
 
 
 class Hallucination(Around):

@@ -13,40 +13,6 @@ from ..learners.base import Learner, class_members
 from ..tasks import MetaOutput, check_samples, check_tensor, class_ids
 
 
-class Around(Learner):
-    """A learner around another one, `learner`, with the inner loop that this has.
-
-    >>> import metaaug_fast as mf
-    >>> around = Around()
-    >>> around.learner = mf.MAML(torch.nn.Linear(4, 3), inner_steps=5)
-    >>> around.inner_steps, around.first_order, around.loss, around.transductive
-    (5, False, 'cross_entropy', False)
-    """
-
-    learner: Any
-
-    @property
-    def inner_steps(self) -> int | None:  # type: ignore[override]
-        """The learner's."""
-        steps: int | None = self.learner.inner_steps
-        return steps
-
-    @property
-    def first_order(self) -> bool:  # type: ignore[override]
-        """The learner's."""
-        return bool(self.learner.first_order)
-
-    @property
-    def loss(self) -> Any:  # type: ignore[override]
-        """The learner's; AttributeError where it has none."""
-        return self.learner.loss
-
-    @property
-    def transductive(self) -> bool:
-        """The learner's."""
-        return bool(self.learner.transductive)
-
-
 class Behind:
     """Adapted tasks of features, given the samples that these are of.
 

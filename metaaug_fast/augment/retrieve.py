@@ -13,11 +13,12 @@ from ..checks import check_choice, check_count, check_number
 from ..data.samples import ClassSamples
 from ..engine.encoding import encode
 from ..engine.problem import NORMS
+from ..learners.around import Around
 from ..learners.base import Learner, class_means, class_members, one_task_too
 from ..learners.supervised import inputs, labelled
 from ..learners.unrolled import UnrolledLearner
 from ..tasks import MetaOutput, TaskBatch, check_samples, check_tensor, class_ids
-from .parts import Around, Behind, checked_few, labels_of
+from .parts import Behind, checked_few, labels_of
 
 JOINS = ("samples", "mixed", "features")
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ..engine.problem import LearningRate
 from ..tasks import MetaOutput, TaskBatch
-from .attacks import PGD, attack_queries, check_attack
+from .attacks import Attacking, attack_queries
 from .maml import MAML
 
 
-class ADML(MAML):
+class ADML(Attacking, MAML):
     """Learn weights theta by a clean and an adversarial arm, which cross between the inner and the outer loop.
 
         theta_adv = theta - inner_lr * grad loss(theta; adversarial support of task i)          inner_steps times
@@ -56,20 +56,11 @@ class ADML(MAML):
         inner_lr: LearningRate = 0.4,
         inner_steps: int = 1,
         attack_steps: int = 1,
-        attack_step: float | None = None,
         random_start: bool = False,
-        low: float | None = None,
-        high: float | None = None,
         **options: Any,
     ) -> None:
-        check_attack(radius, attack_steps, attack_step, random_start, low, high, "attack_")
-        super().__init__(model, inner_lr, inner_steps, **options)
-        self.radius = radius
-        self.attack_steps = attack_steps
-        self.attack_step = attack_step
-        self.random_start = random_start
-        self.low = low
-        self.high = high
+        given = {"inner_lr": inner_lr, "inner_steps": inner_steps, "random_start": random_start, **options}
+        super().__init__(model, radius, attack_steps, **given)
 
     def forward(
         self,
@@ -106,9 +97,8 @@ class ADML(MAML):
     ) -> tuple[TaskBatch, Tensor | None]:
         """2T tasks, first those of the adversarial arm, then those of the clean one; and their sample weights."""
         x, y, query_x, query_y = tasks.tensors
-        attack = PGD(self.radius, self.attack_steps, self.attack_step, self.random_start, self.low, self.high)
-        adversarial_x = attack_queries(self, TaskBatch(x, y, x, y), attack, steps=0).query_x
-        adversarial_query_x = attack_queries(self, tasks, attack, steps=steps, sample_weight=sample_weight).query_x
+        adversarial_x = attack_queries(self, TaskBatch(x, y, x, y), self.attack, steps=0).query_x
+        adversarial_query_x = attack_queries(self, tasks, self.attack, steps=steps, sample_weight=sample_weight).query_x
         both = TaskBatch(
             self._joined(adversarial_x, x),
             self._joined(y, y),

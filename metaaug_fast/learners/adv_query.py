@@ -8,12 +8,11 @@ from torch import nn
 
 from ..engine.problem import LearningRate
 from ..tasks import MetaOutput, TaskBatch
-from .attacks import PGD, attack_queries, check_attack
-from .base import Learner
+from .attacks import Attacking, attack_queries
 from .maml import MAML
 
 
-class AttackedQueries(Learner):
+class AttackedQueries(Attacking):
     """Adversarial Querying around any learner: a class to stand in front of that learner's own.
 
     In training each meta-loss is that of attacked queries, see `AdversarialQuerying`; in evaluation nothing is
@@ -35,26 +34,6 @@ class AttackedQueries(Learner):
     >>> learner(mf.TaskBatch(torch.rand(2, 5, 1, 28, 28), y, torch.rand(2, 5, 1, 28, 28), y)).loss.backward()
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        radius: float = 0.1,
-        attack_steps: int = 7,
-        attack_step: float | None = None,
-        random_start: bool = True,
-        low: float | None = None,
-        high: float | None = None,
-        **options: Any,
-    ) -> None:
-        check_attack(radius, attack_steps, attack_step, random_start, low, high, "attack_")
-        super().__init__(model, **options)
-        self.radius = radius
-        self.attack_steps = attack_steps
-        self.attack_step = attack_step
-        self.random_start = random_start
-        self.low = low
-        self.high = high
-
     def forward(self, tasks: TaskBatch, *, steps: int | None = None, **options: Any) -> MetaOutput:
         """The meta-loss, in training that of attacked queries.
 
@@ -72,8 +51,7 @@ class AttackedQueries(Learner):
         if not self.training or self.radius == 0:
             return tasks
         given = {"sample_weight": options["sample_weight"]} if options.get("sample_weight") is not None else {}
-        attack = PGD(self.radius, self.attack_steps, self.attack_step, self.random_start, self.low, self.high)
-        return attack_queries(self, tasks, attack, steps=steps, **given)
+        return attack_queries(self, tasks, self.attack, steps=steps, **given)
 
 
 class AdversarialQuerying(AttackedQueries, MAML):

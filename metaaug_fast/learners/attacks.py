@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checks import check_count, check_flag, check_number
 from ..tasks import TaskBatch
@@ -184,6 +184,44 @@ def attack_queries(
             if not torch.equal(buffer, value):
                 buffer.copy_(value)
     return TaskBatch(tasks.support_x, tasks.support_y, query_x, tasks.query_y)
+
+
+class Attacking(Learner):
+    """A learner that attacks in training: its settings, to stand in front of the learner that it is otherwise.
+
+    Args:
+        model: as the learner has it.
+        radius, random_start, low, high: see `PGD`; `attack_steps` and `attack_step` are its `steps` and `step`.
+        options: the learner's own.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind or out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        radius: float = 0.1,
+        attack_steps: int = 7,
+        attack_step: float | None = None,
+        random_start: bool = True,
+        low: float | None = None,
+        high: float | None = None,
+        **options: Any,
+    ) -> None:
+        check_attack(radius, attack_steps, attack_step, random_start, low, high, "attack_")
+        super().__init__(model, **options)
+        self.radius = radius
+        self.attack_steps = attack_steps
+        self.attack_step = attack_step
+        self.random_start = random_start
+        self.low = low
+        self.high = high
+
+    @property
+    def attack(self) -> PGD:
+        """As the settings are now."""
+        return PGD(self.radius, self.attack_steps, self.attack_step, self.random_start, self.low, self.high)
 
 
 def _slope(losses: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from ..checks import check_count, check_integer, check_number
 from ..engine.losses import check_targets
 from ..engine.problem import LearningRate
 from ..tasks import MetaOutput, TaskBatch, check_tensor
+from .around import Around
 from .base import Adapted, Learner, Predictor, check_steps, gradient_step, one_task_too, scored
 from .encoder import EncoderLearner
 from .maml import MAML
@@ -23,7 +24,7 @@ from .parts import find_head, inside, replaced
 from .shapes import sample_shape_of
 
 
-class MetaGAN(Learner):
+class MetaGAN(Around):
     """A few-shot learner D that has a further class, of fakes, beside a generator G that makes fakes of a task's kind.
 
         l_1 .. l_N = what D predicts for x after learning the task, l_{N+1} = 0
@@ -117,24 +118,6 @@ class MetaGAN(Learner):
         for part in (self.generator, self.task_encoder):
             part.to(like)
         self.encoder = learner.encoder  # type: ignore[misc]
-        self.order_matters = learner.order_matters
-        self.names_matter = learner.names_matter
-
-    @property
-    def inner_steps(self) -> int | None:  # type: ignore[override]
-        """The discriminator's."""
-        steps: int | None = self.learner.inner_steps
-        return steps
-
-    @property
-    def first_order(self) -> bool:  # type: ignore[override]
-        """The discriminator's."""
-        return bool(self.learner.first_order)
-
-    @property
-    def transductive(self) -> bool:
-        """The discriminator's."""
-        return bool(self.learner.transductive)
 
     def runs_on(self, sample_shape: tuple[int, ...], ids: bool = False) -> str:
         """The discriminator's executor."""

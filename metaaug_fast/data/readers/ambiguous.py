@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
 
 from ...checks import check_number, check_probability
-from ...tasks import TaskBatch
+from ..curves import Curves, check_range, within
 from ..draws import Draws
-from ..source import EpisodeSpec, Sampler
 
 
-class AmbiguousCurves:
+class AmbiguousCurves(Curves):
     """Sinusoids `y = A sin(x - phase) + noise` and lines `y = slope x + intercept + noise`, as often as each other.
 
     Args:
@@ -32,10 +30,6 @@ class AmbiguousCurves:
     torch.Size([4, 10, 1])
     """
 
-    sample_shape = (1,)
-    target_shape = (1,)
-    default_model = "mlp"
-
     def __init__(
         self,
         amplitude: tuple[float, float] = (0.1, 5.0),
@@ -48,8 +42,7 @@ class AmbiguousCurves:
     ) -> None:
         ranges = {"amplitude": amplitude, "phase": phase, "slope": slope, "intercept": intercept, "x": x}
         for name, value in ranges.items():
-            if len(value) != 2 or not (math.isfinite(value[0]) and math.isfinite(value[1]) and value[0] <= value[1]):
-                raise ValueError(f"{name} must be two finite numbers in ascending order (got {value})")
+            check_range(name, value)
         check_number("noise", noise)
         check_probability("lines", lines)
         self.amplitude = amplitude
@@ -70,35 +63,13 @@ class AmbiguousCurves:
         line = kind < self.lines
         return (
             line,
-            np.where(line, _within(self.slope, first), _within(self.amplitude, first)),
-            np.where(line, _within(self.intercept, second), _within(self.phase, second)),
+            np.where(line, within(self.slope, first), within(self.amplitude, first)),
+            np.where(line, within(self.intercept, second), within(self.phase, second)),
         )
 
-    def sampler(self, spec: EpisodeSpec) -> Sampler:
-        """Draw tasks of `spec.shots` and `spec.queries` points `[T, points, 1]`; `spec.ways` does not matter.
-
-        A task's stream (see `draws.py`) is consumed as: kind, slope or amplitude, intercept or phase, support x, query
-        x, noise. All is computed in float64 and rounded once.
-
-        Raises:
-            ValueError: `split_styles`, which a function has not.
-        """
-        if spec.split_styles:
-            raise ValueError("split_styles needs a data set with styles (got AmbiguousCurves)")
-        dtype = np.float64 if spec.dtype == torch.float64 else np.float32
-        points = spec.shots + spec.queries
-
-        def sample(draws: Draws) -> TaskBatch:
-            line, first, second = self.curves(draws)
-            x = _within(self.x, draws.uniform(points))
-            y = np.where(line, first * x + second, first * np.sin(x - second)) + self.noise * draws.normal(points)
-            support, query = slice(spec.shots), slice(spec.shots, None)
-            parts = (x[:, support], y[:, support], x[:, query], y[:, query])
-            return TaskBatch(*(torch.from_numpy(part[..., None].astype(dtype, order="C")) for part in parts))
-
-        return sample
-
-
-def _within(extent: tuple[float, float], uniform: np.ndarray) -> np.ndarray:
-    low, high = extent
-    return low + (high - low) * uniform
+    def points(self, draws: Draws, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """A task's stream (see `draws.py`) is consumed as: kind, slope or amplitude, intercept or phase, x, noise."""
+        line, first, second = self.curves(draws)
+        x = within(self.x, draws.uniform(count))
+        y = np.where(line, first * x + second, first * np.sin(x - second))
+        return x, y + self.noise * draws.normal(count)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch.distributions import Independent, Normal
 
 from ...checks import check_number
 from ...tasks import TaskBatch
+from ..curves import Curves, check_range, within
 from ..draws import Draws
-from ..source import EpisodeSpec, Sampler
 
 _JITTER = 1e-8
 """On the diagonal, beside the noise, or rounding would leave no Cholesky factor."""
 
 
-class GaussianProcesses:
+class GaussianProcesses(Curves):
     """Functions of one number, drawn from a Gaussian process of mean 0, every task with a kernel of its own.
 
         k(x, x') = amplitude^2 exp(-(x - x')^2 / (2 length^2))
@@ -42,10 +40,6 @@ class GaussianProcesses:
     torch.Size([4, 3, 1])
     """
 
-    sample_shape = (1,)
-    target_shape = (1,)
-    default_model = "mlp"
-
     def __init__(
         self,
         length: tuple[float, float] = (0.4, 0.4),
@@ -54,8 +48,7 @@ class GaussianProcesses:
         noise: float = 0.02,
     ) -> None:
         for name, value in (("length", length), ("amplitude", amplitude), ("x", x)):
-            if len(value) != 2 or not (math.isfinite(value[0]) and math.isfinite(value[1]) and value[0] <= value[1]):
-                raise ValueError(f"{name} must be two finite numbers in ascending order (got {value})")
+            check_range(name, value)
         if length[0] <= 0:
             raise ValueError(f"length must be > 0 (got {length})")
         if amplitude[0] < 0:
@@ -72,33 +65,17 @@ class GaussianProcesses:
     def kernels(self, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
         """Length and amplitude of every task, `[T, 1]` each, as the first two values of its stream give them."""
         uniform = draws.uniform(2)
-        return _within(self.length, uniform[:, :1]), _within(self.amplitude, uniform[:, 1:])
+        return within(self.length, uniform[:, :1]), within(self.amplitude, uniform[:, 1:])
 
-    def sampler(self, spec: EpisodeSpec) -> Sampler:
-        """Draw tasks of `spec.shots` and `spec.queries` points `[T, points, 1]`; `spec.ways` does not matter.
+    def points(self, draws: Draws, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """A task's stream (see `draws.py`) is consumed as: length, amplitude, x, normal numbers.
 
-        A task's stream (see `draws.py`) is consumed as: length, amplitude, support x, query x, then the normal numbers
-        that the Cholesky factor of all points' covariance, noise included, turns into targets. All in float64, rounded
-        once.
-
-        Raises:
-            ValueError: `split_styles`, which a function has not.
+        The Cholesky factor of all points' covariance, noise included, turns these into targets.
         """
-        if spec.split_styles:
-            raise ValueError("split_styles needs a data set with styles (got GaussianProcesses)")
-        dtype = np.float64 if spec.dtype == torch.float64 else np.float32
-
-        def sample(draws: Draws) -> TaskBatch:
-            length, amplitude = self.kernels(draws)
-            points = spec.shots + spec.queries
-            x = _within(self.x, draws.uniform(points))
-            covariance = _kernel(x, x, length, amplitude) + (self.noise**2 + _JITTER) * np.eye(points)
-            y = (np.linalg.cholesky(covariance) @ draws.normal(points)[..., None])[..., 0]
-            support, query = slice(spec.shots), slice(spec.shots, None)
-            parts = (x[:, support], y[:, support], x[:, query], y[:, query])
-            return TaskBatch(*(torch.from_numpy(part[..., None].astype(dtype, order="C")) for part in parts))
-
-        return sample
+        length, amplitude = self.kernels(draws)
+        x = within(self.x, draws.uniform(count))
+        covariance = _kernel(x, x, length, amplitude) + (self.noise**2 + _JITTER) * np.eye(count)
+        return x, (np.linalg.cholesky(covariance) @ draws.normal(count)[..., None])[..., 0]
 
     def predict(self, tasks: TaskBatch, length: np.ndarray, amplitude: np.ndarray) -> Independent:
         """The best that can be predicted of each query from its task's support set by one who knows the kernel.
@@ -135,8 +112,3 @@ def _kernel(x: np.ndarray, z: np.ndarray, length: np.ndarray, amplitude: np.ndar
     apart = (x[:, :, None] - z[:, None]) / length[..., None]
     covariance: np.ndarray = amplitude[..., None] ** 2 * np.exp(-0.5 * apart**2)
     return covariance
-
-
-def _within(extent: tuple[float, float], uniform: np.ndarray) -> np.ndarray:
-    low, high = extent
-    return low + (high - low) * uniform
