@@ -22,7 +22,7 @@ class MatchingNet(EncoderLearner):
     f and g are the encoder, f', and with `full_context` what it makes of a sample beside the whole support set:
 
         g(x_i) = f'(x_i) + forward and backward states of an LSTM that reads f'(x_1), ..., f'(x_S)
-        f(x) = h_K:  h_k = LSTM(f'(x), [h_{k-1}, r_{k-1}]) + f'(x)                                  (2), (3)
+        f(x) = h_K:  h_k = LSTM(f'(x), [h_{k-1}, r_{k-1}]) + f'(x), h_0 = 0                         (2), (3)
                      r_k = sum over i of softmax(h_k . g(x_i)) g(x_i)                               (4), (5)
 
     Then the order of the support samples matters. Predictions are log p(y | x). The paper has no temperature t: a
@@ -99,9 +99,8 @@ class MatchingNet(EncoderLearner):
         """f of query features `[T, Q, D]`."""
         flat = queries.flatten(0, 1)
         h = cell = torch.zeros_like(flat)
-        read = torch.zeros_like(queries)
         for _ in range(self.reads):
+            read = (h.view_as(queries) @ support.mT).softmax(-1) @ support
             h, cell = self.of_query(torch.cat([flat, read.flatten(0, 1)], 1), (h, cell))
             h = h + flat
-            read = (h.view_as(queries) @ support.mT).softmax(-1) @ support
         return h.view_as(queries)

@@ -41,13 +41,13 @@ def embedded(learner, x, query_x):
         return support, query
     lstm, cell = learner.of_support, learner.of_query
     support = support + states(lstm, support, False) + states(lstm, support, True)
-    h, c, read = torch.zeros(D).double(), torch.zeros(D).double(), torch.zeros(D).double()
+    h = c = torch.zeros(D).double()
     for _ in range(learner.reads):
+        attention = torch.stack([(h * each).sum() for each in support]).softmax(0)
+        read = sum(weight * each for weight, each in zip(attention, support, strict=True))
         weights = (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
         h, c = step(*weights, torch.cat([query, read]), h, c)
         h = h + query
-        attention = torch.stack([(h * each).sum() for each in support]).softmax(0)
-        read = sum(weight * each for weight, each in zip(attention, support, strict=True))
     return support, h
 
 
