@@ -123,8 +123,6 @@ class CNP(EncoderLearner):
 
     def _fit(self, features: Tensor, labels: Tensor) -> Predict:
         """Give logits `[T, Q, ways]`, or means and deviations side by side, `[T, Q, 2 outputs]`."""
-        if features.shape[-1] != self.features:
-            raise ValueError(f"model must give features [N, {self.features}] (got {features.shape[-1]} of them)")
         if self.outputs is None:
             members = class_members(labels, features.dtype).mT
             inputs = features
@@ -152,7 +150,7 @@ class CNP(EncoderLearner):
         """
         if not self.attention:
             return (members / members.sum(-1, keepdim=True)).unsqueeze(1)
-        scores = queries @ features.mT / math.sqrt(self.features)
+        scores = queries @ features.mT / math.sqrt(queries.shape[-1])
         return scores.unsqueeze(2).masked_fill(members.unsqueeze(1) == 0, -math.inf).softmax(-1)
 
     def _score(self, prediction: Tensor, y: Tensor) -> MetaOutput:

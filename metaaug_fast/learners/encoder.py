@@ -44,6 +44,8 @@ class EncoderLearner(Learner):
     encoder = True
     forms: ClassVar[Mapping[int, str]] = {2: "features [N, D]"}
     """What the model may give, by its dimensions."""
+    features: int | None = None
+    """D, where the learner has layers for so many; None: any number will do."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -105,4 +107,8 @@ class EncoderLearner(Learner):
         if len(features) != x.shape[0] * x.shape[1] or features.ndim not in self.forms:
             forms = " or ".join(self.forms.values())
             raise ValueError(f"model must give {forms} (got shape {tuple(features.shape)})")
+        if self.features not in (None, features.shape[1]):
+            raise ValueError(
+                f"features must be {features.shape[1]}, as model gives of such samples (got {self.features})"
+            )
         return features.unflatten(0, x.shape[:2])

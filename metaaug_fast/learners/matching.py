@@ -70,7 +70,7 @@ class MatchingNet(EncoderLearner):
         self.full_context = full_context
         self.reads = reads
         if full_context:
-            width = features_of(model, features)
+            self.features = width = features_of(model, features)
             self.of_support = nn.LSTM(width, width, batch_first=True, bidirectional=True)
             self.of_query = nn.LSTMCell(2 * width, width)
 

@@ -56,7 +56,7 @@ class RelationNet(EncoderLearner):
         check_choice("loss", loss, ("mse", "cross_entropy"))
         check_count("hidden", hidden, low=1)
         self.loss = loss
-        width = features_of(model, features)
+        self.features = width = features_of(model, features)
         self.maps = gives_maps(model)
         self.relation = (_OfMaps if self.maps else _OfVectors)(width, hidden)
 

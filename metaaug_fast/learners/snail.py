@@ -61,7 +61,8 @@ class SNAIL(EncoderLearner):
         for name, count in {"ways": ways, "shots": shots, "filters": filters}.items():
             check_count(name, count, low=1)
         self.ways = ways
-        self.embed = nn.Linear(features_of(model, features), 64)
+        self.features = features_of(model, features)
+        self.embed = nn.Linear(self.features, 64)
         depth = math.ceil(math.log2(ways * shots + 1))
         quarter = max(filters // 4, 1)
         width = 64 + ways

@@ -285,5 +285,5 @@ def test_bad_tasks():
     maps = mf.CNP(nn.Conv2d(1, 4, 3))
     with pytest.raises(ValueError, match=r"model must give features \[N, D\] \(got shape \(6, 4, 6, 6\)\)"):
         maps.adapt(torch.randn(2, 3, 1, 8, 8), torch.arange(3).repeat(2, 1))
-    with pytest.raises(ValueError, match=r"model must give features \[N, 7\] \(got 6 of them\)"):
+    with pytest.raises(ValueError, match=r"features must be 6, as model gives of such samples \(got 7\)"):
         mf.CNP(encoder(), features=7).double().adapt(*class_tasks(5).tensors[:2])

@@ -308,7 +308,7 @@ def test_a_generator_of_ones_own():
         ({"inner_lr": -0.1}, ValueError, r"inner_lr must be >= 0"),
         ({"sample_shape": (5, 0)}, ValueError, r"sample_shape must be >= 1 \(got 0\)"),
         (
-            {"model": nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3))},
+            {"model": nn.Sequential(nn.Conv2d(2, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3))},
             ValueError,
             r"sample_shape must be given: Sequential takes any size \(got None\)",
         ),

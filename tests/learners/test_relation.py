@@ -108,7 +108,7 @@ def test_predictions_are_logits_whose_sigmoid_is_the_relation():
         ({"features": 0}, ValueError, r"features must be >= 1 \(got 0\)"),
         ({"model": "conv4"}, TypeError, r"model must be an nn.Module \(got str\)"),
         (
-            {"model": nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten())},
+            {"model": nn.Sequential(nn.Conv2d(2, 2, 3), nn.Flatten())},
             ValueError,
             r"features must be given: how many Sequential gives, for it gives .* by the size of its inputs",
         ),
