@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..checks import check_count, check_flag, check_integer, check_number
+from ..checks import check_count, check_flag, check_integer, check_number, check_positive
 from ..data.samples import ClassSamples
 from ..engine.loop import meta_loss
 from ..engine.problem import Query, Support, inner_problem, parameters_of
@@ -57,9 +57,7 @@ class DistilledSet(nn.Module):
                 f"x and y must be floating samples [S, ...] and class ids [S] (got {x.dtype} {tuple(x.shape)}, "
                 f"{tuple(y.shape)})"
             )
-        check_number("inner_lr", inner_lr)
-        if not inner_lr:
-            raise ValueError("inner_lr must be > 0 (got 0)")
+        check_positive("inner_lr", inner_lr)
         check_count("inner_steps", inner_steps, low=1)
         self.x = nn.Parameter(x.detach().clone())
         self.log_lr = nn.Parameter(torch.full((inner_steps,), inner_lr, dtype=x.dtype, device=x.device).log())

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from ..checks import check_choice, check_count, check_flag, check_number, check_probability
+from ..checks import check_choice, check_count, check_flag, check_positive, check_probability
 from ..tasks import MetaOutput, TaskBatch, check_samples, check_tensor, class_ids
 from .parts import checked_few, in_turn, labels_of
 from .targets import count_ways
@@ -97,9 +97,7 @@ class AugmentationPolicy(nn.Module):
         chances = _by_name("probability", probability, names)
         strengths = _by_name("strength", strength, strong)
         check_choice("choices", choices, CHOICES)
-        check_number("temperature", temperature)
-        if not temperature:
-            raise ValueError("temperature must be > 0 (got 0)")
+        check_positive("temperature", temperature)
         if network is not None and not isinstance(network, nn.Module):
             raise TypeError(f"network must be a module or None (got {network!r})")
         check_count("copies", copies, low=1)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_count, check_flag, check_number, check_probability
+from ..checks import check_count, check_flag, check_positive, check_probability
 from ..tasks import TaskBatch, sent
 from .policy import AugmentationPolicy, PolicyTransform
 from .targets import ByClass, ways_of
@@ -228,9 +228,7 @@ class InterpolateTasks:
     """
 
     def __init__(self, alpha: float = 2.0) -> None:
-        check_number("alpha", alpha)
-        if not alpha:
-            raise ValueError(f"alpha must be > 0 (got {alpha})")
+        check_positive("alpha", alpha)
         self.alpha = alpha
 
     def __call__(self, tasks: TaskBatch) -> TaskBatch:

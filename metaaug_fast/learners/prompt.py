@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
-from ..checks import check_choice, check_count, check_integer, check_number
+from ..checks import check_choice, check_count, check_integer, check_number, check_positive
 from ..tasks import MetaOutput, TaskBatch
 from .base import Learner, Predictor, check_steps, class_means, class_members, one_task_too
 
@@ -91,9 +91,7 @@ class PromptTuning(Learner):
         if head_lr is not None:
             check_number("head_lr", head_lr)
         check_choice("outer", outer, OUTER)
-        check_number("scale", scale)
-        if not scale:
-            raise ValueError("scale must be > 0 (got 0)")
+        check_positive("scale", scale)
         positions = _positions_of(model)
         if positions is not None and prompt >= positions:
             raise ValueError(f"prompt must be below the model's {positions} positions (got {prompt})")

@@ -125,7 +125,11 @@ DATA = mf.data.ClassSamples.from_arrays(torch.randn(6, 4), torch.arange(6) % 2)
             r"floating samples .* torch.int64",
         ),
         (lambda: DistilledSet([1.0], torch.arange(1)), TypeError, r"x must be a tensor \(got list\)"),
-        (lambda: DistilledSet(torch.zeros(2, 4), torch.arange(2), 0.0), ValueError, r"inner_lr must be > 0 \(got 0\)"),
+        (
+            lambda: DistilledSet(torch.zeros(2, 4), torch.arange(2), 0.0),
+            ValueError,
+            r"inner_lr must be > 0 \(got 0.0\)",
+        ),
         (
             lambda: DistilledSet(torch.zeros(2, 4), torch.arange(2), 1, 0),
             ValueError,

@@ -292,7 +292,7 @@ class Pooled(Own):
             rf"start must hold token ids 0..{VOCABULARY - 1} \(got {VOCABULARY}\)",
         ),
         ({"start": [1, 2, 3, 4, 5]}, ValueError, r"start must hold at most prompt, 4, token ids \(got 5\)"),
-        ({"scale": 0.0}, ValueError, r"scale must be > 0 \(got 0\)"),
+        ({"scale": 0.0}, ValueError, r"scale must be > 0 \(got 0.0\)"),
     ],
 )
 def test_bad_settings(options, error, message):
