@@ -275,11 +275,7 @@ def class_members(labels: Tensor, dtype: torch.dtype, mask: Tensor | None = None
     if labels.dtype != torch.int64 or labels.ndim != 2:
         raise ValueError(f"support_y must be class ids, int64 [T, S] (got {labels.dtype} {tuple(labels.shape)})")
     if mask is not None:
-        if mask.dtype != torch.bool or mask.shape != labels.shape:
-            raise ValueError(
-                f"mask must be bool {list(labels.shape)}, a place for each support sample "
-                f"(got {mask.dtype} {list(mask.shape)})"
-            )
+        check_mask(mask, labels)
         labels = labels.masked_fill(~mask, 0)
     low, high = (int(value) for value in torch.aminmax(labels))
     if low < 0:
@@ -294,6 +290,16 @@ def class_members(labels: Tensor, dtype: torch.dtype, mask: Tensor | None = None
             f"support_y must have a sample of each class 0..{high} in every task (task {task} lacks {missing})"
         )
     return members
+
+
+def check_mask(mask: Tensor, labels: Tensor) -> None:
+    """Raise TypeError or ValueError unless it says of each support sample, `[T, S]`, whether it is there."""
+    check_tensor("mask", mask)
+    if mask.dtype != torch.bool or mask.shape != labels.shape[:2]:
+        raise ValueError(
+            f"mask must be bool {list(labels.shape[:2])}, a place for each support sample "
+            f"(got {mask.dtype} {list(mask.shape)})"
+        )
 
 
 def class_means(features: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..engine.encoding import encode
 from ..tasks import MetaOutput, TaskBatch
-from .base import Adapted, Learner, Predictor, check_steps, one_task_too, scored
+from .base import Adapted, Learner, Predictor, check_mask, check_steps, one_task_too, scored
 
 Predict = Callable[[Tensor], Tensor]
 
@@ -79,8 +80,9 @@ class EncoderLearner(Learner):
         """
         tasks = TaskBatch.of(tasks)
         check_steps(self, steps)
-        self._check_given(given)
-        features = self._embed(torch.cat([tasks.support_x, tasks.query_x], 1))
+        mask = self._mask(given, tasks.support_y)
+        there = None if mask is None else F.pad(mask, (0, tasks.query_x.shape[1]), value=True)
+        features = self._embed(torch.cat([tasks.support_x, tasks.query_x], 1), there)
         support, query = features.split([tasks.support_x.shape[1], tasks.query_x.shape[1]], 1)
         out = self._score(self._fit(support, tasks.support_y, **given)(query), tasks.query_y)
         penalty = self._penalty(features, tasks) if self.training else None
@@ -92,23 +94,29 @@ class EncoderLearner(Learner):
     @one_task_too
     def adapt(self, support_x: Tensor, support_y: Tensor, **given: Any) -> Adapted:
         """What each task `[T, S, ...]` learns from its support set; one task may lack its T."""
-        self._check_given(given)
-        predict = self._fit(self._embed(support_x), support_y, **given)
+        predict = self._fit(self._embed(support_x, self._mask(given, support_y)), support_y, **given)
         return Predictor(lambda x: predict(self._embed(x)), len(support_x), score=self._score)
 
-    def _check_given(self, given: Mapping[str, Any]) -> None:
-        """TypeError where something is given by name that `_fit` does not take."""
+    def _mask(self, given: Mapping[str, Any], labels: Tensor) -> Tensor | None:
+        """Which support samples there are, of what is given by name; TypeError where `_fit` does not take that."""
         for name in given.keys() - inspect.signature(self._fit).parameters.keys():
             raise TypeError(f"{name} must not be given: {type(self).__name__} takes none (got one)")
+        mask: Tensor | None = given.get("mask")
+        if mask is not None:
+            check_mask(mask, labels)
+        return mask
 
-    def _embed(self, x: Tensor) -> Tensor:
-        """Features `[T, N, D]` of samples `[T, N, ...]`."""
-        features = encode(self.model, x.flatten(0, 1))
-        if len(features) != x.shape[0] * x.shape[1] or features.ndim not in self.forms:
+    def _embed(self, x: Tensor, there: Tensor | None = None) -> Tensor:
+        """Features `[T, N, D]` of samples `[T, N, ...]`; 0 of those that are not there, which no batch norm sees."""
+        flat = x.flatten(0, 1) if there is None else x[there]
+        features = encode(self.model, flat)
+        if len(features) != len(flat) or features.ndim not in self.forms:
             forms = " or ".join(self.forms.values())
             raise ValueError(f"model must give {forms} (got shape {tuple(features.shape)})")
         if self.features not in (None, features.shape[1]):
             raise ValueError(
                 f"features must be {features.shape[1]}, as model gives of such samples (got {self.features})"
             )
-        return features.unflatten(0, x.shape[:2])
+        if there is None:
+            return features.unflatten(0, x.shape[:2])
+        return features.new_zeros(*there.shape, *features.shape[1:]).index_put((there,), features)

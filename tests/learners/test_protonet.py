@@ -8,6 +8,7 @@ from torch import nn
 
 from metaaug_fast import ProtoNet, TaskBatch
 from metaaug_fast.models import conv4, perceptron
+from tests.exactness import assert_close
 from tests.learners.comparing import assert_exact
 
 T, F = 3, 5
@@ -100,6 +101,24 @@ def test_tasks_of_different_sizes():
     assert torch.allclose(one, alone, rtol=1e-12)
     single = learner.adapt(padded_x[0], padded_y[0], mask=mask[0])(batch.query_x[0])
     assert torch.allclose(single, alone, rtol=1e-12)
+
+
+def test_batch_norms_do_not_see_what_a_mask_leaves_out():
+    """In training, where a batch's statistics are taken: losses, gradients and running statistics."""
+    model = conv4(None, (1, 16, 16), hidden=3).double()
+    learner, padded = ProtoNet(model), ProtoNet(copy.deepcopy(model))
+    y = torch.arange(3).repeat(2, 1)
+    batch = TaskBatch(torch.rand(2, 3, 1, 16, 16).double(), y, torch.rand(2, 3, 1, 16, 16).double(), y)
+    more_x = torch.cat([100 * torch.rand(2, 2, 1, 16, 16).double(), batch.support_x], 1)
+    more = TaskBatch(more_x, torch.cat([y[:, :2], y], 1), batch.query_x, batch.query_y)
+    mask = torch.tensor([[False, False, True, True, True]]).expand(2, -1)
+    one, other = learner(batch), padded(more, mask=mask)
+    assert torch.allclose(one.task_losses, other.task_losses, rtol=1e-10)
+    one.loss.backward()
+    other.loss.backward()
+    assert_close(*({name: value.grad for name, value in each.named_parameters()} for each in (padded, learner)))
+    for name, value in padded.model.named_buffers():
+        assert torch.allclose(value, learner.model.get_buffer(name), rtol=1e-12), name
 
 
 def test_a_permuted_support_set_is_the_same():
