@@ -68,8 +68,11 @@ class EncoderLearner(Learner):
         """Losses and accuracies of predictions `[T, Q, ways]` for class ids `[T, Q]`."""
         return scored("cross_entropy", prediction, y)
 
-    def _penalty(self, features: Tensor, tasks: TaskBatch) -> Tensor | None:
-        """What training adds to each task's loss, `[T]`, by the features of its support and query samples."""
+    def _penalty(self, features: Tensor, tasks: TaskBatch, there: Tensor | None = None) -> Tensor | None:
+        """What training adds to each task's loss, `[T]`, by the features of its support and query samples.
+
+        there: bool `[T, S + Q]`, which of them there are; None: all.
+        """
         return None
 
     def forward(self, tasks: TaskBatch, *, steps: int | None = None, **given: Any) -> MetaOutput:
@@ -85,7 +88,7 @@ class EncoderLearner(Learner):
         features = self._embed(torch.cat([tasks.support_x, tasks.query_x], 1), there)
         support, query = features.split([tasks.support_x.shape[1], tasks.query_x.shape[1]], 1)
         out = self._score(self._fit(support, tasks.support_y, **given)(query), tasks.query_y)
-        penalty = self._penalty(features, tasks) if self.training else None
+        penalty = self._penalty(features, tasks, there) if self.training else None
         if penalty is None:
             return out
         losses = out.task_losses + penalty

@@ -68,12 +68,15 @@ class ProtoNet(EncoderLearner):
         prototypes = class_means(features, labels, mask)
         return lambda queries: self.closeness(queries, prototypes)
 
-    def _penalty(self, features: Tensor, tasks: TaskBatch) -> Tensor | None:
-        return self.clustering * variance_ratio(features, tasks) if self.clustering else None
+    def _penalty(self, features: Tensor, tasks: TaskBatch, there: Tensor | None = None) -> Tensor | None:
+        return self.clustering * variance_ratio(features, tasks, there) if self.clustering else None
 
 
-def variance_ratio(features: Tensor, tasks: TaskBatch) -> Tensor:
+def variance_ratio(features: Tensor, tasks: TaskBatch, there: Tensor | None = None) -> Tensor:
     """Variance of features `[T, S + Q, D]` within classes over that between them, `[T]`.
+
+    Args:
+        there: bool `[T, S + Q]`, which samples count. None: all.
 
     Raises:
         ValueError: targets are no class ids, or there is one class only.
@@ -81,10 +84,11 @@ def variance_ratio(features: Tensor, tasks: TaskBatch) -> Tensor:
     if tasks.query_y.is_floating_point():
         raise ValueError(f"query_y must be class ids for clustering (got {tasks.query_y.dtype})")
     labels = torch.cat([tasks.support_y, tasks.query_y], 1)
-    members = class_members(labels, features.dtype)
+    members = class_members(labels, features.dtype, there)
     if members.shape[2] < 2:
         raise ValueError("support_y must have two classes or more for clustering (got 1)")
-    means = class_means(features, labels)
-    within = (features - members @ means).square().sum(-1).mean(1)
+    means = class_means(features, labels, there)
+    counts = members.sum(2)  # 1, or 0 of what is not there
+    within = (counts * (features - members @ means).square().sum(-1)).sum(1) / counts.sum(1)
     between = (means - means.mean(1, keepdim=True)).square().sum(-1).mean(1)
     return within / between

@@ -85,9 +85,10 @@ def test_other_forms(options):
     assert torch.allclose(learner(batch).task_losses, judged.task_losses, rtol=1e-12)  # nothing is added
 
 
-def test_tasks_of_different_sizes():
+@pytest.mark.parametrize("clustering", [0.0, 0.7])
+def test_tasks_of_different_sizes(clustering):
     """What the mask leaves out counts nowhere: neither its samples, were they NaN, nor its labels."""
-    learner, batch = ProtoNet(perceptron(None, (F,), (7,), "tanh")).double(), tasks()
+    learner, batch = ProtoNet(perceptron(None, (F,), (7,), "tanh"), clustering=clustering).double(), tasks()
     padded_x = torch.cat([batch.support_x, torch.full((T, 2, F), torch.nan).double()], 1)
     padded_y = torch.cat([batch.support_y, torch.full((T, 2), -100)], 1)
     mask = torch.ones(T, 10, dtype=torch.bool)
