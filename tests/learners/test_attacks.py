@@ -62,7 +62,7 @@ def test_it_is_the_attack_of_each_task_alone(norm, loss, backend):
 def test_it_is_the_attack_of_each_sample_alone():
     """Where none sees the others."""
     learner, tasks = mf.MAML(model(), 0.3), class_tasks(5)
-    attacked = attack_queries(learner, tasks, mf.PGD(0.2, 3, low=-4, high=4, random_start=False))
+    attacked = attack_queries(learner, tasks, mf.PGD(0.2, 3, low=-9, high=9, random_start=False))
     module = learner.adapt(tasks.support_x, tasks.support_y).module(1)
     for sample in range(3):
         x, y = tasks.query_x[1, sample], tasks.query_y[1, sample]
