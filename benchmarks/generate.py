@@ -30,8 +30,7 @@ from metaaug_fast.augment import FlowTasks, Generator
 from metaaug_fast.data import ClassSamples, Episodes
 from metaaug_fast.learners.gradient import GradientLearner
 from metaaug_fast.report.plots import plot_samples
-from metaaug_fast.report.tables import markdown
-from metaaug_fast.runs.evaluation import student
+from metaaug_fast.report.tables import markdown, with_interval
 
 SHAPE = (1, 28, 28)
 GIVEN, LEARNED, JUDGING = 5, 10, 5
@@ -140,13 +139,6 @@ def spread(x: Tensor) -> float:
     return float(torch.stack([F.pdist(each.flatten(1)).mean() for each in x]).mean())
 
 
-def interval(values: list[float], digits: int) -> str:
-    """Mean and 95 % interval over seeds."""
-    some = torch.tensor(values, dtype=torch.float64)
-    half = student(len(values) - 1) * float(some.std()) / len(values) ** 0.5
-    return f"{float(some.mean()):.{digits}f} ± {half:.{digits}f}"
-
-
 def main() -> None:
     """Learn all routes, judge them, print the table and write the sheet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -164,7 +156,7 @@ def main() -> None:
     judges = [classifier(learned, seed) for seed, (_, learned, _) in enumerate(real)]
     accuracies = [recognised(judge, held_out) for judge, (_, _, held_out) in zip(judges, real, strict=True)]
     units = [(nearest(held_out, few), spread(held_out)) for few, _, held_out in real]
-    rows = [("real drawings", "", "", interval(accuracies, 1), "1", "1")]
+    rows = [("real drawings", "", "", with_interval(accuracies, 1), "1", "1")]
     print(markdown(HEAD, rows), flush=True)
     sheet = {"given": real[0][0][:8]}
     for name, make in routes(given.hidden).items():
@@ -183,7 +175,16 @@ def main() -> None:
             shares = [recognised(judge, each) for judge, each in zip(judges, made, strict=True)]
             far = [nearest(x, few) / unit for x, (few, _, _), (unit, _) in zip(made, real, units, strict=True)]
             wide = [spread(x) / unit for x, (_, unit) in zip(made, units, strict=True)]
-            rows.append((row, f"{steps:,}", f"{start:g}", interval(shares, 1), interval(far, 2), interval(wide, 2)))
+            rows.append(
+                (
+                    row,
+                    f"{steps:,}",
+                    f"{start:g}",
+                    with_interval(shares, 1),
+                    with_interval(far, 2),
+                    with_interval(wide, 2),
+                )
+            )
             print(markdown(HEAD, rows[-1:]), flush=True)
             if start and row == name:
                 sheet[name] = made[0][:8]

@@ -10,11 +10,9 @@ of a seed, with 95 % intervals by Student's t. Half an hour on a core that other
 from __future__ import annotations
 
 import argparse
-import math
 import platform
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,8 +21,7 @@ import metaaug_fast as mf
 from metaaug_fast.cli.options import keep_freed_memory
 from metaaug_fast.data import Episodes, Omniglot
 from metaaug_fast.models import conv4, strided_conv4
-from metaaug_fast.report.tables import markdown
-from metaaug_fast.runs.evaluation import student
+from metaaug_fast.report.tables import markdown, with_interval
 
 HEAD = ("learner", "weight", "meta-steps", "accuracy, %", "gain, points", "minutes")
 WEIGHTS = (0.2, 1.0)
@@ -48,11 +45,6 @@ def trained(base: str, weight: float | None, seed: int, root: Path) -> tuple[flo
     minutes = (time.perf_counter() - started) / 60
     judging = Episodes(Omniglot(root, split="test"), ways=5, shots=1, queries=5, tasks=20, seed=-2)
     return 100 * mf.evaluate(learner, judging, EPISODES).mean, minutes
-
-
-def with_interval(values: Sequence[float], sign: str = "") -> str:
-    half = student(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):{sign}.1f} ± {half:.1f}"
 
 
 def main() -> None:
@@ -80,7 +72,7 @@ def main() -> None:
                 "" if weight is None else f"{weight:g}",
                 f"{BASES[base][0]:,}",
                 with_interval(accuracies),
-                "" if weight is None else with_interval(gains, "+"),
+                "" if weight is None else with_interval(gains, sign="+"),
                 f"{sum(minutes for _, minutes in results) / len(results):.1f}",
             )
         )

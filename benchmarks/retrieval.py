@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import time
 import warnings
 from pathlib import Path
@@ -25,8 +24,7 @@ from metaaug_fast.cli.options import keep_freed_memory
 from metaaug_fast.data.wordpiece import wordpiece
 from metaaug_fast.models.minilm import VOCABULARY
 from metaaug_fast.report.plots import plot_samples
-from metaaug_fast.report.tables import markdown
-from metaaug_fast.runs.evaluation import student
+from metaaug_fast.report.tables import markdown, with_interval
 
 HEAD = (
     "tasks",
@@ -149,15 +147,17 @@ def row(
         found.append([alone(batch).accuracy, learner(batch).accuracy, worth])
     before, after, worth = (100 * torch.cat(each)[: options.episodes].double() for each in zip(*found, strict=True))
     minutes = (time.perf_counter() - began) / 60
-    line = (tasks, pool, learner.join, interval(before), interval(after), interval(after - before, "+"))
+    line = (
+        tasks,
+        pool,
+        learner.join,
+        with_interval(before),
+        with_interval(after),
+        with_interval(after - before, sign="+"),
+    )
     line = (*line, f"{float(worth.mean()) / 100:.2f}", f"{minutes:.1f}")
     print(" | ".join(line), flush=True)
     return line
-
-
-def interval(values: Tensor, sign: str = "") -> str:
-    half = student(len(values) - 1) * float(values.std()) / math.sqrt(len(values))
-    return f"{float(values.mean()):{sign}.1f} ± {half:.1f}"
 
 
 def sheet(learner: Retrieval, batch: mf.TaskBatch, path: Path) -> None:

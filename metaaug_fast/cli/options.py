@@ -81,26 +81,21 @@ def threads(text: str) -> int:
     return value
 
 
-def finite(text: str) -> float:
-    """A finite number."""
+def finite(text: str, low: float = -math.inf) -> float:
+    """A finite number >= `low`."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
-        raise ArgumentTypeError(f"must be a number (got {text})")
+    if not (math.isfinite(value) and value >= low):
+        at_least = f" >= {low:g}" if math.isfinite(low) else ""
+        raise ArgumentTypeError(f"must be a number{at_least} (got {text})")
     return value
 
 
 def rate(text: str) -> float:
     """A finite number >= 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise ArgumentTypeError(f"must be a number >= 0 (got {text})")
-    return value
+    return finite(text, 0)
 
 
 def seconds(text: str) -> float:

@@ -203,10 +203,10 @@ class Predictor:
         return self.score(self(x), usable(y))
 
 
-def scored(loss: Loss, prediction: Tensor, y: Tensor) -> MetaOutput:
+def scored(loss: Loss, prediction: Tensor, y: Tensor, label_smoothing: float = 0.0) -> MetaOutput:
     """Losses and accuracies of predictions `[T, Q, ...]`; ValueError where `query_y` is no target of such."""
     check_targets("query_y", loss, y, tuple(prediction.shape[2:]))
-    return judge(loss, prediction, y)
+    return judge(loss, prediction, y, label_smoothing)
 
 
 class OneTask:

@@ -18,10 +18,10 @@ from ..engine import reference
 from ..engine.choice import choose_executor
 from ..engine.fast_weights import FastWeights
 from ..engine.loop import adapt_tasks, meta_loss
-from ..engine.losses import Loss, check_targets, judge
+from ..engine.losses import Loss
 from ..engine.problem import InnerProblem, LearningRate, Query, Rate, Support, check_query, with_seed
 from ..tasks import MetaOutput, TaskBatch, check_inputs_of
-from .base import OneTask, Predictor, check_steps, gradient_step, one_task_too
+from .base import OneTask, Predictor, check_steps, gradient_step, one_task_too, scored
 from .unrolled import UnrolledLearner
 
 POLICIES = ("batch", "running", "frozen")
@@ -305,7 +305,8 @@ class Drawn(Predictor):
         self.fast = fast
         self.draws = draws
         problem = fast.problem
-        super().__init__(lambda x: average(problem.loss, self.each(x)), len(fast) // draws, problem.loss, self._score)
+        score = functools.partial(scored, problem.loss, label_smoothing=problem.label_smoothing)
+        super().__init__(lambda x: average(problem.loss, self.each(x)), len(fast) // draws, problem.loss, score)
 
     def each(self, x: Tensor) -> Tensor:
         """What each draw predicts for `x` `[T, N, ...]`: `[T, D, N, ...]`, differentiable.
@@ -315,11 +316,6 @@ class Drawn(Predictor):
         """
         check_inputs_of(len(self), x)
         return self.fast(x.repeat_interleave(self.draws, 0)).unflatten(0, (len(self), self.draws))
-
-    def _score(self, prediction: Tensor, y: Tensor) -> MetaOutput:
-        problem = self.fast.problem
-        check_targets("query_y", problem.loss, y, tuple(prediction.shape[2:]))
-        return judge(problem.loss, prediction, y, problem.label_smoothing)
 
 
 class DrawnForOne(OneTask):

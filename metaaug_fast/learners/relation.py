@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ class RelationNet(EncoderLearner):
     torch.Size([2])
     """
 
-    forms = {2: "features [N, D]", 4: "feature maps [N, C, H, W]"}  # noqa: RUF012
+    forms: ClassVar = {2: "features [N, D]", 4: "feature maps [N, C, H, W]"}
 
     def __init__(self, model: nn.Module, loss: str = "mse", hidden: int = 8, features: int | None = None) -> None:
         super().__init__(model)

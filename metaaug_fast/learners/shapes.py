@@ -39,13 +39,7 @@ def sample_shape_of(model: nn.Module) -> Shape | None:
     first = _first_layer(model)
     if isinstance(first, nn.Linear):
         return (first.in_features,)
-    if not isinstance(first, nn.Conv2d):
-        return None
-    taken = list(_tried(model))
-    usual = (first.in_channels, *2 * (_USUAL.get(first.in_channels),))
-    if len(taken) == 1:
-        return taken[0]
-    return next((shape for shape in taken if shape == usual), None)
+    return _meant(_tried(model)) if isinstance(first, nn.Conv2d) else None
 
 
 def features_of(model: nn.Module, features: int | None = None) -> int:
@@ -69,7 +63,7 @@ def features_of(model: nn.Module, features: int | None = None) -> int:
         return features
     given = _tried(model)
     found = {shape[0] for shape in given.values()}
-    if len(found) > 1 and (shape := sample_shape_of(model)) in given:
+    if len(found) > 1 and (shape := _meant(given)) is not None:
         found = {given[shape][0]}
     if len(found) != 1:
         why = f"it gives {' or '.join(map(str, sorted(found)))} by the size of its inputs" if found else "it is unknown"
@@ -100,6 +94,13 @@ def _tried(model: nn.Module) -> dict[Shape, Shape]:
             if isinstance(output, Tensor) and output.ndim >= 2 and len(output) == len(x):
                 found[tuple(x.shape[1:])] = tuple(output.shape[1:])
     return found
+
+
+def _meant(tried: dict[Shape, Shape]) -> Shape | None:
+    """The input that a model is meant for, of those that it takes: the only one, or the papers' pictures."""
+    if len(tried) == 1:
+        return next(iter(tried))
+    return next((shape for shape in tried if shape[1:] == 2 * (_USUAL.get(shape[0]),)), None)
 
 
 def _inputs(model: nn.Module) -> Iterator[Tensor]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+import statistics
+from collections.abc import Collection, Iterable, Sequence
+
+from ..runs.evaluation import student
 
 
 def plain(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[str] = ()) -> str:
@@ -68,3 +72,21 @@ def _check(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collecti
             raise ValueError(f"rows must have a cell for each of {list(head)} (got {list(row)})")
     if unknown := set(numbers).difference(head):
         raise ValueError(f"numbers must be among {list(head)} (got {sorted(unknown)})")
+
+
+def with_interval(values: Iterable[float], digits: int = 1, sign: str = "") -> str:
+    """A mean with half its 95 % interval by Student's t, as over seeds.
+
+    Args:
+        digits: behind the point.
+        sign: "+" for one in front of a mean that is positive, too.
+
+    Raises:
+        statistics.StatisticsError: there are fewer than two values.
+
+    >>> with_interval([1.0, 2.0, 3.0]), with_interval([1.0, 2.0, 3.0], digits=0, sign="+")
+    ('2.0 ± 2.5', '+2 ± 2')
+    """
+    each = [float(value) for value in values]
+    half = student(len(each) - 1) * statistics.stdev(each) / math.sqrt(len(each))
+    return f"{statistics.fmean(each):{sign}.{digits}f} ± {half:.{digits}f}"
