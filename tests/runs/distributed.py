@@ -1,5 +1,6 @@
 """One of two processes that train one learner together: `python distributed.py RANK FOLDER`."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -53,3 +54,4 @@ if __name__ == "__main__":
         distributed.barrier()  # who leaves first takes the other's connection along
     finally:
         distributed.destroy_process_group()
+    os._exit(0)  # torch's threads outlive the group and may abort in an interpreter that ends (pytorch issue 190489)
