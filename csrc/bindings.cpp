@@ -11,6 +11,23 @@
 namespace py = pybind11;
 using namespace metaaug;
 
+// What body(poll) returns, where `poll` looks for signals.
+template <class Body>
+static std::map<std::string, at::Tensor> without_gil(const Body& body) {
+  bool interrupted = false;
+  const auto poll = [&] {
+    const py::gil_scoped_acquire gil;
+    return interrupted = PyErr_CheckSignals() != 0;
+  };
+  std::map<std::string, at::Tensor> result;
+  {
+    const py::gil_scoped_release release;
+    result = body(poll);
+  }
+  if (interrupted) throw py::error_already_set();
+  return result;
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The fused engine of metaaug_fast.";
   static py::object non_finite = py::module_::import("metaaug_fast.errors").attr("NonFiniteError");
@@ -123,6 +140,16 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("flat_adjoint", &Inputs::flat_adjoint)
       .def_readwrite("prediction_adjoint", &Inputs::prediction_adjoint);
 
+  py::class_<EncoderInputs>(m, "EncoderInputs", py::module_local())
+      .def(py::init<>())
+      .def_readwrite("x", &EncoderInputs::x)
+      .def_readwrite("parameters", &EncoderInputs::parameters)
+      .def_readwrite("buffers", &EncoderInputs::buffers)
+      .def_readwrite("wanted", &EncoderInputs::wanted)
+      .def_readwrite("wants_x", &EncoderInputs::wants_x)
+      .def_readwrite("adjoint", &EncoderInputs::adjoint)
+      .def_readwrite("number", &EncoderInputs::number);
+
   py::class_<FusedEngine>(m, "FusedEngine", py::module_local())
       .def(py::init<Graph, bool>(), py::arg("graph"), py::arg("on_gpu"))
       .def("footprint",
@@ -133,18 +160,10 @@ PYBIND11_MODULE(_C, m) {
            })
       .def("run", [](FusedEngine& engine, const Settings& settings, const Inputs& inputs,
                      const std::vector<std::string>& outputs) {
-        bool interrupted = false;
-        const auto poll = [&] {
-          const py::gil_scoped_acquire gil;
-          return interrupted = PyErr_CheckSignals() != 0;
-        };
-        std::map<std::string, at::Tensor> result;
-        {
-          const py::gil_scoped_release release;
-          result = engine.run(settings, inputs, outputs, poll);
-        }
-        if (interrupted) throw py::error_already_set();
-        return result;
+        return without_gil([&](const auto& poll) { return engine.run(settings, inputs, outputs, poll); });
+      })
+      .def("encode", [](FusedEngine& engine, const EncoderInputs& inputs, const std::vector<std::string>& outputs) {
+        return without_gil([&](const auto& poll) { return engine.encode(inputs, outputs, poll); });
       });
   m.def(
       "sample_episodes",

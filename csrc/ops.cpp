@@ -24,10 +24,19 @@ int64_t flat_size(const Graph& graph) {
   return size;
 }
 
+int64_t normed_channels(const Graph& graph) {
+  int64_t channels = 0;
+  for (const Op& op : graph.ops)
+    if (op.kind == OpKind::kBatchNorm) channels += graph.values[op.output].channels;
+  return channels;
+}
+
 // The tensor's values as they are to be read: a view may be negated lazily, and a zero tensor has no memory at all.
 at::Tensor in_memory(const at::Tensor& tensor) {
   return (tensor._is_zerotensor() ? tensor.clone() : tensor.resolve_neg()).contiguous();
 }
+
+}  // namespace
 
 // Hands out contiguous tensors' pointers and keeps the tensors alive for the call.
 class Pointers {
@@ -55,6 +64,8 @@ class Pointers {
   at::Device device_;
   std::vector<at::Tensor> kept_;
 };
+
+namespace {
 
 // The stream of what is queued on a device, which is the current one meanwhile.
 #if defined(METAAUG_CUDA)
@@ -150,6 +161,68 @@ cuda::Footprint FusedEngine::footprint(const Settings&, int, at::ScalarType, int
 #endif
 
 template <class T>
+std::vector<const T*> FusedEngine::parameters_of(const std::vector<at::Tensor>& tensors, Pointers& pointers) const {
+  std::vector<const T*> result;
+  for (size_t p = 0; p < tensors.size(); ++p) {
+    const int64_t size = graph_.parameters[p].size();
+    TORCH_CHECK_VALUE(tensors[p].numel() == size, "parameter ", p, " must have ", size, " values (got ",
+                      tensors[p].numel(), ")");
+    result.push_back(pointers.read<T>(tensors[p], "parameters"));
+  }
+  return result;
+}
+
+template <class T>
+std::map<std::string, at::Tensor> FusedEngine::encode_as(const EncoderInputs& in,
+                                                         const std::vector<std::string>& outputs,
+                                                         const std::function<bool()>& poll) {
+  const at::TensorOptions options = in.x.options();
+  const int64_t samples = in.x.size(0), outs = graph_.values[graph_.output].size();
+  Pointers pointers(in.x.scalar_type(), in.x.device());
+  Encoding<T> call;
+  call.samples = int(samples);
+  call.x = pointers.read<T>(in.x, "x");
+  call.parameters = parameters_of<T>(in.parameters, pointers);
+  for (const at::Tensor& buffer : in.buffers) call.buffers.push_back(pointers.read<T>(buffer, "buffers"));
+  call.wanted.assign(in.wanted.begin(), in.wanted.end());
+  call.wants_x = in.wants_x;
+  call.number = in.number;
+  if (in.adjoint) {
+    TORCH_CHECK_VALUE(in.adjoint->numel() == samples * outs, "adjoint must have ", outs, " values a sample (got shape ",
+                      in.adjoint->sizes(), ")");
+    call.adjoint = pointers.read<T>(*in.adjoint, "adjoint");
+  }
+  std::map<std::string, at::Tensor> result;
+  const auto output = [&](const char* name, T*& target, at::IntArrayRef shape) {
+    if (std::find(outputs.begin(), outputs.end(), name) == outputs.end()) return;
+    target = result.emplace(name, at::zeros(shape, options)).first->second.template mutable_data_ptr<T>();
+  };
+  output("output", call.output, {samples, outs});
+  output("statistics", call.statistics, {2 * normed_channels(graph_)});
+  output("grad_parameters", call.grad_parameters, {flat_size(graph_)});
+  output("grad_x", call.grad_x, in.x.sizes());
+  std::atomic<bool> interrupted{false};
+  if (!on_cpu<T>().encode(call, on_all_threads(poll, interrupted))) return {};
+  if (call.grad_parameters && !result.at("grad_parameters").isfinite().all().item<bool>())
+    throw NonFiniteError{"the gradient of the model's parameters is not finite"};
+  return result;
+}
+
+std::map<std::string, at::Tensor> FusedEngine::encode(const EncoderInputs& in, const std::vector<std::string>& outputs,
+                                                      const std::function<bool()>& poll) {
+  const int64_t sample = graph_.values[0].size();
+  const size_t parameters = graph_.parameters.size();
+  TORCH_CHECK_VALUE(in.x.device().is_cpu() && in.x.dim() > 0 && in.x.numel() == in.x.size(0) * sample && in.x.numel(),
+                    "x must be [N, ...] on the CPU with ", sample, " values a sample (got ", in.x.sizes(), " on ",
+                    in.x.device(), ")");
+  TORCH_CHECK_VALUE(in.parameters.size() == parameters && in.wanted.size() == parameters,
+                    "encode needs a value and wanted for each of ", parameters, " parameters");
+  if (in.x.scalar_type() == at::kFloat) return encode_as<float>(in, outputs, poll);
+  if (in.x.scalar_type() == at::kDouble) return encode_as<double>(in, outputs, poll);
+  TORCH_CHECK_VALUE(false, "x must be float32 or float64 (got ", in.x.scalar_type(), ")");
+}
+
+template <class T>
 std::map<std::string, at::Tensor> FusedEngine::run_as(const Settings& settings, const Inputs& in,
                                                       const std::vector<std::string>& outputs,
                                                       const std::function<bool()>& poll) {
@@ -165,6 +238,7 @@ std::map<std::string, at::Tensor> FusedEngine::run_as(const Settings& settings, 
   Call<T> call;
   call.settings = settings;
   call.tasks = int(tasks);
+  if (!in.initial) call.parameters = parameters_of<T>(in.parameters, pointers);
   const auto samples = [&](const OptionalTensor& x, const OptionalTensor& y, const char* name) {
     Samples<T> s;
     if (!x) return s;
@@ -197,11 +271,6 @@ std::map<std::string, at::Tensor> FusedEngine::run_as(const Settings& settings, 
   int64_t rates_size = 0;
   for (int64_t p = 0; p < parameters; ++p) {
     const int64_t size = graph_.parameters[p].size();
-    if (!in.initial) {
-      TORCH_CHECK_VALUE(in.parameters[p].numel() == size, "parameter ", p, " must have ", size, " values (got ",
-                        in.parameters[p].numel(), ")");
-      call.parameters.push_back(pointers.read<T>(in.parameters[p], "parameters"));
-    }
     Rate<T> rate;
     if (in.rates[p]) {
       const int64_t steps = in.per_step[p] ? settings.steps : 1, values = in.rates[p]->numel();
@@ -213,9 +282,6 @@ std::map<std::string, at::Tensor> FusedEngine::run_as(const Settings& settings, 
     call.rates.push_back(rate);
     call.wanted.push_back(in.wanted[p]);
   }
-  int64_t channels = 0;
-  for (const Op& op : graph_.ops)
-    if (op.kind == OpKind::kBatchNorm) channels += graph_.values[op.output].channels;
 
   std::map<std::string, at::Tensor> result;
   const auto output = [&](const char* name, T*& target, at::IntArrayRef shape, bool added_to = false) {
@@ -236,7 +302,7 @@ std::map<std::string, at::Tensor> FusedEngine::run_as(const Settings& settings, 
   output("losses_by_step", call.losses_by_step, {tasks, int64_t{settings.steps} + 1});
   output("accuracy_by_step", call.accuracy_by_step, {tasks, int64_t{settings.steps} + 1});
   output("predictions", call.predictions, {tasks, call.query.count, outs});
-  output("statistics", call.statistics, {tasks, 2 * channels});
+  output("statistics", call.statistics, {tasks, 2 * normed_channels(graph_)});
   output("grad_parameters", call.grad_parameters, {flat});
   output("grad_initial", call.grad_initial, {tasks, flat});
   output("grad_rates", call.grad_rates, {rates_size});

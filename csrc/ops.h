@@ -27,6 +27,18 @@ struct Inputs {
   OptionalTensor flat_adjoint, prediction_adjoint;
 };
 
+// Tensors of one Encoding.
+struct EncoderInputs {
+  at::Tensor x;
+  std::vector<at::Tensor> parameters, buffers;
+  std::vector<bool> wanted;
+  bool wants_x = false;
+  OptionalTensor adjoint;
+  uint64_t number = 0;
+};
+
+class Pointers;
+
 // Whether this build has the CUDA engine.
 #if defined(METAAUG_CUDA)
 inline constexpr bool kCuda = true;
@@ -47,6 +59,10 @@ class FusedEngine {
   std::map<std::string, at::Tensor> run(const Settings& settings, const Inputs& inputs,
                                         const std::vector<std::string>& outputs, const std::function<bool()>& poll);
 
+  // The outputs of Encoding named in `outputs`, on the CPU.
+  std::map<std::string, at::Tensor> encode(const EncoderInputs& inputs, const std::vector<std::string>& outputs,
+                                           const std::function<bool()>& poll);
+
   // See cuda::Engine; for float32 or float64 on a GPU.
   cuda::Footprint footprint(const Settings& settings, int samples, at::ScalarType dtype, int device);
 
@@ -65,6 +81,12 @@ class FusedEngine {
   template <class T>
   std::map<std::string, at::Tensor> run_as(const Settings& settings, const Inputs& inputs,
                                            const std::vector<std::string>& outputs, const std::function<bool()>& poll);
+  template <class T>
+  std::map<std::string, at::Tensor> encode_as(const EncoderInputs& inputs, const std::vector<std::string>& outputs,
+                                              const std::function<bool()>& poll);
+  // One for each of the graph's.
+  template <class T>
+  std::vector<const T*> parameters_of(const std::vector<at::Tensor>& tensors, Pointers& pointers) const;
   template <class T>
   NonFinite run_cuda(const Call<T>& call, at::Device device);
   template <class T>

@@ -105,10 +105,20 @@ class Inputs:
     flat_adjoint: Tensor | None
     prediction_adjoint: Tensor | None
 
+class EncoderInputs:
+    x: Tensor
+    parameters: Sequence[Tensor]
+    buffers: Sequence[Tensor]
+    wanted: Sequence[bool]
+    wants_x: bool
+    adjoint: Tensor | None
+    number: int
+
 class FusedEngine:
     def __init__(self, graph: Graph, on_gpu: bool) -> None: ...
     def footprint(self, settings: Settings, samples: int, in_double: bool, device: int) -> tuple[int, int]: ...
     def run(self, settings: Settings, inputs: Inputs, outputs: Sequence[str]) -> dict[str, Tensor]: ...
+    def encode(self, inputs: EncoderInputs, outputs: Sequence[str]) -> dict[str, Tensor]: ...
 
 def sample_episodes(
     images: Tensor,

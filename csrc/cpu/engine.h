@@ -23,6 +23,8 @@ class Engine {
   // Not re-entrant: calls on one engine take turns. Throws std::invalid_argument where the graph cannot take so few
   // samples.
   virtual NonFinite run(const Call<T>& call, const Parallel& parallel) = 0;
+  // Whether it ran to its end, which it does unless it was stopped.
+  virtual bool encode(const Encoding<T>& call, const Parallel& parallel) = 0;
 };
 
 // Throws std::invalid_argument where the graph cannot be run.

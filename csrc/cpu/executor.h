@@ -15,11 +15,7 @@
 #include <tuple>
 
 #include "../fuse.h"
-#include "arena.h"
-#include "engine.h"
-#include "input.h"
-#include "passes.h"
-#include "turns.h"
+#include "encoder.h"
 
 namespace metaaug::METAAUG_ISA {
 
@@ -32,7 +28,10 @@ class Executor final : public cpu::Engine<T> {
 
  public:
   explicit Executor(const Graph& graph)
-      : graph_(fuse(graph, false)), packing_(graph.parameters), kept_bytes_(kept_bytes()) {}
+      : graph_(fuse(graph, false)),
+        packing_(graph.parameters),
+        kept_bytes_(kept_bytes()),
+        encoder_(graph_, packing_, kept_bytes_) {}
 
   NonFinite run(const Call<T>& call, const Parallel& parallel) override {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -63,6 +62,8 @@ class Executor final : public cpu::Engine<T> {
     if (call.grad_rates) unpack_rates(call, sums_.data() + group_size - rates_size_, call.grad_rates);
     return NonFinite();
   }
+
+  bool encode(const Encoding<T>& call, const Parallel& parallel) override { return encoder_.run(call, parallel); }
 
  private:
   static constexpr int kPlannedSizes = 32;
@@ -122,11 +123,7 @@ class Executor final : public cpu::Engine<T> {
 
   // theta_0, rates and frozen statistics in the engine's layout, once for all tasks.
   void pack_shared(const Call<T>& call) {
-    if (!call.initial) {
-      theta_.assign(packing_.size(), T(0));
-      for (int p = 0; p < packing_.count(); ++p)
-        packing_.pack(p, call.parameters[p], theta_.data() + packing_.offset(p));
-    }
+    if (!call.initial) theta_ = packing_.packed(call.parameters);
     rate_views_.assign(packing_.count(), RateView());
     rates_size_ = 0;
     for (int p = 0; p < packing_.count(); ++p) {
@@ -142,19 +139,7 @@ class Executor final : public cpu::Engine<T> {
       else
         rates_[at] = call.rates[p].data[flat];
     });
-    constants_.clear();
-    for (const Op& op : graph_.ops) {
-      if (op.kind != OpKind::kBatchNorm || op.buffer[0] < 0) continue;
-      const int channels = graph_.values[op.output].channels;
-      const int64_t stride = pad<T>(channels), at = int64_t(constants_.size());
-      constants_.resize(at + 3 * stride, T(0));
-      for (int c = 0; c < channels; ++c) {
-        const T variance = call.buffers[op.buffer[1]][c];
-        constants_[at + c] = call.buffers[op.buffer[0]][c];
-        constants_[at + stride + c] = T(1) / std::sqrt(variance + T(op.eps));
-        constants_[at + 2 * stride + c] = variance;
-      }
-    }
+    constants_ = pack_constants(graph_, call.buffers);
   }
 
   // body(parameter, per_element, offset in rates_, offset in the parameter's own rate tensor) for each step's rate.
@@ -190,6 +175,7 @@ class Executor final : public cpu::Engine<T> {
   std::vector<Arena<T>> arenas_;
   std::vector<NonFinite> failures_;
   std::mutex mutex_;
+  Encoder<T> encoder_;
 };
 
 }  // namespace metaaug::METAAUG_ISA

@@ -32,6 +32,16 @@ constexpr OpFunctions<T> batch_norm_functions() {
   return {B::plan, B::forward, B::backward, B::tangent, B::tangent_backward};
 }
 
+template <class T>
+NormFunctions<T> norm_functions(const Op& op) {
+  const auto of = [](auto norm) {
+    using B = decltype(norm);
+    return NormFunctions<T>{B::moments, B::settle, B::normalise, B::adjoint_sums, B::spread};
+  };
+  if (op.pool) return of(BatchNorm<T, true, true>());
+  return op.relu ? of(BatchNorm<T, true, false>()) : of(BatchNorm<T, false, false>());
+}
+
 // The op table.
 template <class T>
 OpFunctions<T> functions(const Op& op) {
@@ -97,7 +107,7 @@ struct Network : Flow {
   std::vector<Layout> values;
   std::vector<OpPlan<T>> ops;
   std::vector<OpFunctions<T>> functions;
-  std::vector<int64_t> value_at, saved_at, saved_tangent_at;
+  std::vector<int64_t> value_at, saved_at, saved_tangent_at, constants_at;
   std::vector<int64_t> adjoint_at, unread_at, passing_at;  // of adjoints: kept, or -1 and unread; where all pass
   int64_t values_size = 0, saved_size = 0, saved_tangent_size = 0, scratch_size = 0, input_size = 0;
   int64_t adjoints_size = 0, unread_size = 0, passing_size = 0;
@@ -176,6 +186,7 @@ struct Network : Flow {
     lay_out_input(wants_input);
     input_size = pad<T>(images * values[0].sample());
     value_at.assign(values.size(), 0);
+    int64_t constants = 0;
     for (const Op& op : ops_in) {
       OpPlan<T> plan;
       plan.op = op;
@@ -204,6 +215,8 @@ struct Network : Flow {
       saved += pad<T>(plan.saved);
       saved_tangent_at.push_back(saved_tangent_size);
       saved_tangent_size += pad<T>(plan.saved_tangent);
+      constants_at.push_back(constants);
+      if (op.buffer[0] >= 0) constants += plan.saved;
       scratch_size = std::max(scratch_size, plan.scratch);
       ops.push_back(std::move(plan));
     }

@@ -48,6 +48,12 @@ class Packing {
   void pack_all(const T* flat, T* target) const {
     for (int p = 0; p < count(); ++p) pack(p, flat + flat_offset(p), target + offset(p));
   }
+  // Of tensors, one for each parameter.
+  std::vector<T> packed(const std::vector<const T*>& tensors) const {
+    std::vector<T> result(size_, T(0));
+    for (int p = 0; p < count(); ++p) pack(p, tensors[p], result.data() + offset(p));
+    return result;
+  }
   void unpack_all(const T* packed, T* flat) const {
     for (int p = 0; p < count(); ++p) unpack(p, packed + offset(p), flat + flat_offset(p));
   }

@@ -6,11 +6,30 @@
 
 namespace metaaug::METAAUG_ISA {
 
+// Mean, r and variance of each batch norm that has them frozen, in order of ops.
+template <class T>
+std::vector<T> pack_constants(const Graph& graph, const std::vector<const T*>& buffers) {
+  std::vector<T> packed;
+  for (const Op& op : graph.ops) {
+    if (op.kind != OpKind::kBatchNorm || op.buffer[0] < 0) continue;
+    const int channels = graph.values[op.output].channels;
+    const int64_t stride = pad<T>(channels), at = int64_t(packed.size());
+    packed.resize(at + 3 * stride, T(0));
+    for (int c = 0; c < channels; ++c) {
+      const T variance = buffers[op.buffer[1]][c];
+      packed[at + c] = buffers[op.buffer[0]][c];
+      packed[at + stride + c] = T(1) / std::sqrt(variance + T(op.eps));
+      packed[at + 2 * stride + c] = variance;
+    }
+  }
+  return packed;
+}
+
 template <class T>
 struct Passes {
   const Network<T>& net;
   const Packing<T>& packing;
-  const T* constants;  // frozen mean, r, variance of each batch norm that has them, in order of ops
+  const T* constants;  // see pack_constants
   T* scratch;
 
   // Which pass this is: the row of per-step parameters, and the key of dropout masks.
@@ -19,26 +38,48 @@ struct Passes {
     uint32_t seed = 0, task = 0, index = 0;
   };
 
+  // Ops of a pass, `last` excluded.
+  struct Range {
+    size_t first, last;
+  };
+  Range all() const { return {0, net.ops.size()}; }
+
   // `again`: not for the first time on this task, so that still ops are done.
   void forward(const Frame<T>& frame, const T* theta, const Pass& pass, bool again = false) const {
-    const T* constant = constants;
-    for (size_t i = 0; i < net.ops.size(); ++i) {
-      OpCall<T> call = bind(i, frame, theta, pass);
-      if (call.plan.op.buffer[0] >= 0) {
-        const int64_t size = 3 * call.plan.out.stride;
-        std::copy(constant, constant + size, call.saved);
-        constant += size;
-      }
-      if (!again || !net.still[i]) net.functions[i].forward(call);
-    }
+    for (size_t i = 0; i < net.ops.size(); ++i)
+      if (!again || !net.still[i]) forward(i, frame, theta, pass);
+  }
+  void forward(const Frame<T>& frame, const T* theta, const Range& range) const {
+    for (size_t i = range.first; i < range.last; ++i) forward(i, frame, theta, {});
   }
 
   // Adjoints of the values in `wants` from the output's, which the caller has written; `grad` is added to.
   void backward(const Frame<T>& frame, const T* theta, const Pass& pass, const std::vector<Wants>& wants,
                 T* grad) const {
-    for (size_t i = net.ops.size(); i-- > 0;) {
+    backward(frame, theta, pass, wants, grad, all());
+  }
+  void backward(const Frame<T>& frame, const T* theta, const Pass& pass, const std::vector<Wants>& wants, T* grad,
+                const Range& range) const {
+    for (size_t i = range.last; i-- > range.first;) {
       if (wants[i].active && !net.streamed[net.ops[i].op.output]) adjoint(i, frame, frame, theta, pass, wants, grad);
     }
+  }
+
+  // A batch norm's second half backwards; see NormFunctions.
+  void spread(size_t i, const Frame<T>& frame, const T* theta, T* grad, const T* sums, T share) const {
+    OpCall<T> call = backward_call(i, frame, theta);
+    if (!net.outer[i].dx[0]) return;
+    call.dx[0] = net.adjoint(frame, call.plan.op.input[0]);
+    call.accumulate[0] = net.outer[i].accumulate[0];
+    with_reader(call, i, frame, frame, theta, {}, net.outer, grad,
+                [&](const OpCall<T>& it) { norm_functions<T>(it.plan.op).spread(it, sums, share); });
+  }
+
+  OpCall<T> forward_call(size_t i, const Frame<T>& frame, const T* theta) const { return bind(i, frame, theta, {}); }
+  OpCall<T> backward_call(size_t i, const Frame<T>& frame, const T* theta) const {
+    OpCall<T> call = bind(i, frame, theta, {});
+    call.dy = net.adjoint(frame, call.plan.op.output);
+    return call;
   }
 
   // Tangents of all values that move, for the parameter tangents `theta_t`.
@@ -81,6 +122,15 @@ struct Passes {
   }
 
  private:
+  void forward(size_t i, const Frame<T>& frame, const T* theta, const Pass& pass) const {
+    OpCall<T> call = bind(i, frame, theta, pass);
+    if (call.plan.op.buffer[0] >= 0) {
+      const T* constant = constants + net.constants_at[i];
+      std::copy(constant, constant + call.plan.saved, call.saved);
+    }
+    net.functions[i].forward(call);
+  }
+
   // One op's backward, linear in the adjoints that `adjoints` holds; values come from `frame`.
   void adjoint(size_t i, const Frame<T>& frame, const Frame<T>& adjoints, const T* theta, const Pass& pass,
                const std::vector<Wants>& wants, T* grad) const {
@@ -91,8 +141,9 @@ struct Passes {
   }
 
   // Runs a backward, together with that of the convolution in front which takes its adjoint picture by picture.
+  template <class Run>
   void with_reader(OpCall<T>& call, size_t i, const Frame<T>& frame, const Frame<T>& adjoints, const T* theta,
-                   const Pass& pass, const std::vector<Wants>& wants, T* grad, void (*run)(const OpCall<T>&)) const {
+                   const Pass& pass, const std::vector<Wants>& wants, T* grad, const Run& run) const {
     if (!net.streamed[call.plan.op.input[0]]) return run(call);
     OpCall<T> reader = bind(i - 1, frame, theta, pass);
     reader.dy = net.adjoint(adjoints, reader.plan.op.output);

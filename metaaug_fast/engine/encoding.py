@@ -9,28 +9,20 @@ from __future__ import annotations
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import NotFusedError
 from .exclusive import ONE_AT_A_TIME
 from .fused import FusedExecutor
-from .lowering.graph import Graph
 from .lowering.trace import lower
 from .problem import NORMS, InnerProblem
-
-CHUNK = 32
-"""So many samples are a core's at a time, where none sees the others."""
-
-FEW_CORES = 2
-"""Where batch norms see all samples one core has them all, which is as fast as so many with ordinary torch."""
 
 
 def encode(model: nn.Module, x: Tensor) -> Tensor:
     """`model(x)` of samples `[N, ...]`, in the model's own mode: batch norms go by it, and learn running statistics.
 
     On the CPU, models that the fused engine knows run there, and are differentiable once; any other is called. So is
-    one that drops, and one whose batch norms see all samples where there are more than `FEW_CORES`.
+    one that drops.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
     >>> x = torch.randn(5, 4)
@@ -39,13 +31,8 @@ def encode(model: nn.Module, x: Tensor) -> Tensor:
     """
     problem = InnerProblem(model, dict(model.named_parameters()), {}, 0, "mse", batch_norm="running")
     executor = _executor(problem, x) if _is_ordinary(problem, x) else None
-    if executor is None:
-        output: Tensor = model(x)
-        return output
-    chunk = len(x) if _mixes(executor.graph) else min(CHUNK, len(x))
-    missing = -len(x) % chunk
-    whole = F.pad(x, [0] * (2 * x.ndim - 1) + [missing]) if missing else x
-    return executor.encode(problem, whole.unflatten(0, (-1, chunk))).flatten(0, 1)[: len(x)]
+    output: Tensor = model(x) if executor is None else executor.encode(problem, x)
+    return output
 
 
 _EXECUTORS: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], FusedExecutor]] = WeakKeyDictionary()
@@ -63,12 +50,8 @@ def _executor(problem: InnerProblem, x: Tensor) -> FusedExecutor | None:
                 known[key].engine(problem)  # which may refuse the graph, too
     except NotFusedError:
         return None
-    mixes = _mixes(graph) and (len(x) < 2 or torch.get_num_threads() > FEW_CORES)
-    return None if mixes or any(op.kind == "dropout" for op in graph.ops) else known[key]
-
-
-def _mixes(graph: Graph) -> bool:
-    return any(op.kind == "batch_norm" and not op.attributes["fixed"] for op in graph.ops)
+    kinds = {op.kind for op in graph.ops if not op.attributes.get("fixed")}
+    return None if "dropout" in kinds or ("batch_norm" in kinds and len(x) < 2) else known[key]
 
 
 def _is_ordinary(problem: InnerProblem, x: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,9 @@ NO_CUDA = (
     "this build of metaaug_fast has no CUDA engine, because it needs {}; with that, install it again: "
     "METAAUG_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps ."
 )
+_NUMBERS = itertools.count(1)
+"""Of encoders' passes, by which the engine knows its last one again."""
+
 _DATA = ("support_x", "support_y", "support_weight", "initial", "query_x", "query_y", "step_weights")
 
 
@@ -77,11 +81,12 @@ class FusedExecutor:
         return _Predict.apply(self, problem, flat, x)
 
     def encode(self, problem: InnerProblem, x: Tensor) -> Tensor:
-        """Output `[T, N, *output_shape]` of the problem's own parameters on `x`; differentiable once.
+        """Output `[N, *output_shape]` of the problem's own parameters on `x` `[N, ...]`; differentiable once.
 
-        With `batch_norm="running"` in training the model's running statistics move.
+        On the CPU. Batch norms see all samples together; in training the model's running statistics move.
         """
-        return _Encode.apply(self, problem, x, *problem.parameters.values())
+        number = next(_NUMBERS) if torch.is_grad_enabled() else 0
+        return _Encode.apply(self, problem, number, x, *problem.parameters.values())
 
     def meta_loss(self, problem: InnerProblem, support: Support, query: Query) -> MetaOutput:
         """The meta-step, and the gradient with it: `backward` only scales what the forward call has found.
@@ -263,33 +268,35 @@ class _Predict(torch.autograd.Function):
 
 
 class _Encode(torch.autograd.Function):
-    """Outputs of the model's own weights. The backward call makes them again: only the inputs are kept."""
+    """Outputs of the model's own weights. The engine keeps the last pass's activations; older ones are made again."""
 
     @staticmethod
-    def forward(ctx: Any, executor: FusedExecutor, problem: InnerProblem, x: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.executor, ctx.problem = executor, problem
-        ctx.save_for_backward(x, *parameters)
-        learns = problem.batch_norm == "running" and problem.training
-        found = _encode(executor, problem, x, parameters, ["predictions", "statistics"] if learns else ["predictions"])
+    def forward(
+        ctx: Any, executor: FusedExecutor, problem: InnerProblem, number: int, x: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        ctx.engine, ctx.number = executor.engine(problem), number
+        tensors = (x, *parameters, *executor.buffers)
+        ctx.save_for_backward(*tensors)
+        needs = ctx.needs_input_grad[3:]
+        learns = problem.training
+        found = _encode(ctx, tensors, needs, ["output", "statistics"] if learns else ["output"])
         if learns:
-            executor.learn_statistics(problem, found["statistics"])
-        return found["predictions"].view(*x.shape[:2], *executor.output_shape)
+            executor.learn_statistics(problem, found["statistics"][None])
+        return found["output"].view(len(x), *executor.output_shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, adjoint: Tensor) -> tuple[Tensor | None, ...]:
-        x, *parameters = ctx.saved_tensors
-        needs_x, *needs = ctx.needs_input_grad[2:]
+        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[3:]
         if not bool(adjoint.isfinite().all()):  # which is for whoever made it to say, with what it is
-            filled = zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
-            return None, None, *(torch.full_like(value, torch.nan) if need else None for value, need in filled)
-        wanted = ["grad_query_x"] * needs_x + ["grad_parameters"] * any(needs)
-        found = _encode(ctx.executor, ctx.problem, x, parameters, wanted, needs, adjoint)
-        gradients: list[Tensor | None] = [None] * len(needs)
+            filled = zip(tensors, needs, strict=False)
+            return None, None, None, *(torch.full_like(value, torch.nan) if need else None for value, need in filled)
+        found = _encode(ctx, tensors, needs, ["grad_x"] * needs[0] + ["grad_parameters"] * any(needs[1:]), adjoint)
+        gradients: list[Tensor | None] = [None] * len(needs[1:])
         if "grad_parameters" in found:
-            views = _C.unflatten(found["grad_parameters"], parameters)
-            gradients = [view if need else None for view, need in zip(views, needs, strict=True)]
-        return None, None, found.get("grad_query_x"), *gradients
+            views = _C.unflatten(found["grad_parameters"], tensors[1 : len(needs)])
+            gradients = [view if need else None for view, need in zip(views, needs[1:], strict=True)]
+        return None, None, None, found.get("grad_x"), *gradients
 
 
 class _MetaLoss(torch.autograd.Function):
@@ -364,17 +371,17 @@ def _predict(
 
 
 def _encode(
-    executor: FusedExecutor,
-    problem: InnerProblem,
-    x: Tensor,
-    parameters: Sequence[Tensor],
-    outputs: list[str],
-    needs: Sequence[bool] = (),
-    adjoint: Tensor | None = None,
+    ctx: Any, tensors: Sequence[Tensor], needs: Sequence[bool], outputs: list[str], adjoint: Tensor | None = None
 ) -> dict[str, Tensor]:
-    call = _Call(executor, problem, steps=False)
-    tensors = [*parameters, *(x if name == "query_x" else None for name in _DATA)]
-    return call.run(tensors, outputs, needs, prediction_adjoint=adjoint)
+    """The engine's outputs from x, parameters and frozen statistics, of which the first may need a gradient."""
+    inputs = _C.EncoderInputs()
+    inputs.x, *inputs.parameters = tensors[: len(needs)]
+    inputs.buffers = tensors[len(needs) :]
+    inputs.wants_x, *inputs.wanted = needs
+    inputs.number = ctx.number if any(needs) else 0
+    inputs.adjoint = adjoint
+    found: dict[str, Tensor] = ctx.engine.encode(inputs, outputs)
+    return found
 
 
 def _settings(problem: InnerProblem, steps: bool) -> _C.Settings:

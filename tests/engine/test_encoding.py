@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 import metaaug_fast as mf
-from metaaug_fast.engine import encoding
-from metaaug_fast.engine.encoding import CHUNK, encode
+from metaaug_fast.engine.encoding import encode
 from metaaug_fast.engine.fused import FusedExecutor
 from tests.exactness import assert_close, randn, relative_error
 
@@ -21,11 +20,10 @@ def passes(monkeypatch):
     found, own = [], FusedExecutor.encode
 
     def counted(self, problem, x):
-        found.append(tuple(x.shape[:2]))
+        found.append(len(x))
         return own(self, problem, x)
 
     monkeypatch.setattr(FusedExecutor, "encode", counted)
-    monkeypatch.setattr(encoding, "FEW_CORES", 99)
     return found
 
 
@@ -49,7 +47,7 @@ def assert_same(model, samples, x_too=True):
 
 
 @pytest.mark.parametrize("x_too", [False, True])
-@pytest.mark.parametrize("samples", [2, CHUNK, CHUNK + 5])
+@pytest.mark.parametrize("samples", [2, 33, 150])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_it_is_the_models_call(mode, samples, x_too, passes):
     model = getattr(convolutions(), mode)()
@@ -58,8 +56,7 @@ def test_it_is_the_models_call(mode, samples, x_too, passes):
             value.copy_(torch.rand_like(value) + 0.5)
     for _ in range(2):  # running statistics move, and are used
         assert_same(model, samples, x_too=x_too)
-    joint = mode == "train"
-    assert passes == [(1, samples) if joint or samples <= CHUNK else (2, CHUNK)] * 2
+    assert passes == [samples] * 2
 
 
 @pytest.mark.parametrize(
@@ -110,7 +107,7 @@ def test_what_the_engine_would_do_otherwise_is_called(change, passes):
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_feature_maps_are_left_as_they_are(mode, passes):
     model = convolutions()[:4]
-    assert_same(getattr(model, mode)(), CHUNK + 5)
+    assert_same(getattr(model, mode)(), 37)
     assert len(passes) == 1
     assert encode(model, randn(6, 2, 8, 9)).shape == (6, 5, 3, 3)
 
@@ -134,15 +131,6 @@ def test_what_no_engine_takes_meets_the_models_own_errors(passes):
     assert encode(nn.Linear(4, 3), torch.rand(0, 4)).shape == (0, 3)
     assert encode(nn.Flatten(), torch.rand(2, 4, 1, 1)).shape == (2, 4)
     assert not passes
-
-
-def test_many_cores_are_not_left_idle_by_batch_norms(passes, monkeypatch):
-    monkeypatch.setattr(encoding, "FEW_CORES", 0)
-    model, x = convolutions(), randn(4, 2, 8, 9)
-    encode(model, x)
-    assert not passes
-    encode(model.eval(), x)
-    assert passes
 
 
 def test_parts_that_are_replaced(passes):

@@ -14,6 +14,18 @@
 
 namespace metaaug::METAAUG_ISA {
 
+// Adds to the mean and the sum of squares around it of `before` values those of `count` others (Chan, Golub and LeVeque
+// 1979).
+template <class T>
+void join_moments(int64_t before, int64_t count, typename Simd<T>::Vector mean, typename Simd<T>::Vector square,
+                  T* mean_at, T* square_at) {
+  using S = Simd<T>;
+  const T weight = T(count) / T(before + count);
+  const auto apart = mean - S::load(mean_at);
+  S::store(mean_at, S::load(mean_at) + weight * apart);
+  S::store(square_at, S::load(square_at) + square + T(before) * weight * apart * apart);
+}
+
 template <class T, bool kRelu, bool kPool>
 struct BatchNorm {
   using S = Simd<T>;
@@ -29,7 +41,53 @@ struct BatchNorm {
 
   // A frozen call finds mean and r in `saved`, where the executor has put the constants.
   static void forward(const OpCall<T>& call) {
-    if (!frozen(call)) statistics(call);
+    if (!frozen(call)) {
+      moments(call, call.saved, call.saved + 2 * call.plan.out.stride);
+      settle(call.plan, call.plan.in_rows(), call.saved);
+    }
+    normalise(call);
+  }
+
+  // Mean and sum of squares around it, part by part, each while it is in the first cache: as exact as two passes over everything.
+  static void moments(const OpCall<T>& call, T* mean, T* square) {
+    const OpPlan<T>& plan = call.plan;
+    const int64_t stride = plan.out.stride;
+    std::fill(mean, mean + stride, T(0));
+    std::fill(square, square + stride, T(0));
+    each_part(call, [&](const Lines& lines, int64_t channel, auto vectors) {
+      const int64_t before = row_of(plan, lines.first), count = row_of(plan, lines.last) - before;
+      const T share = T(1) / T(count);
+      const T* x = call.x[0] + channel;
+      Vector middle[vectors.value] = {}, apart[vectors.value] = {};
+      each_pixel(plan, lines, [&](int64_t row) {
+        for (int j = 0; j < vectors.value; ++j) middle[j] += S::load(x + row * stride + j * S::kWidth);
+      });
+      for (int j = 0; j < vectors.value; ++j) middle[j] *= share;
+      each_pixel(plan, lines, [&](int64_t row) {
+        for (int j = 0; j < vectors.value; ++j) {
+          const Vector centred = S::load(x + row * stride + j * S::kWidth) - middle[j];
+          apart[j] += centred * centred;
+        }
+      });
+      for (int j = 0; j < vectors.value; ++j) {
+        const int64_t at = channel + j * S::kWidth;
+        join_moments<T>(before, count, middle[j], apart[j], mean + at, square + at);
+      }
+    });
+  }
+
+  // `saved` from the mean and the sum of squares that lie in it.
+  static void settle(const OpPlan<T>& plan, int64_t rows, T* saved) {
+    const int64_t stride = plan.out.stride;
+    T *r = saved + stride, *variance = r + stride;
+    for (int64_t c = 0; c < stride; ++c) {
+      variance[c] /= T(rows);
+      // Padding has no variance: without an eps, 1 / 0 would come back as NaN.
+      r[c] = c < plan.out.shape.channels ? T(1) / std::sqrt(variance[c] + T(plan.op.eps)) : T(0);
+    }
+  }
+
+  static void normalise(const OpCall<T>& call) {
     each_part(call, [&](const Lines& lines, int64_t channel, auto vectors) {
       constexpr int kVectors = decltype(vectors)::value;
       const Normal<kVectors> normal(call, channel);
@@ -45,9 +103,16 @@ struct BatchNorm {
 
   static void backward(const OpCall<T>& call) {
     const int64_t stride = call.plan.out.stride;
-    const T share = mean_share(call);
-    // dz, dz xh
-    const T* sums = sum_parts<2>(call, [&](const Lines& lines, int64_t channel, auto vectors, auto& part) {
+    const T* sums = adjoint_sums(call);
+    for (int p = 0; p < 2; ++p)
+      if (call.dp[p]) add(call.dp[p], sums + (1 - p) * stride, stride);
+    if (call.dx[0]) spread(call, sums, mean_share(call));
+  }
+
+  // Of dz and dz xh.
+  static const T* adjoint_sums(const OpCall<T>& call) {
+    const int64_t stride = call.plan.out.stride;
+    return sum_parts<2>(call, [&](const Lines& lines, int64_t channel, auto vectors, auto& part) {
       constexpr int kVectors = decltype(vectors)::value;
       const Normal<kVectors> normal(call, channel);
       each_window(call.plan, lines, [&](int64_t to, const int64_t (&from)[kWindow]) {
@@ -59,9 +124,11 @@ struct BatchNorm {
         }
       });
     });
-    for (int p = 0; p < 2; ++p)
-      if (call.dp[p]) add(call.dp[p], sums + (1 - p) * stride, stride);
-    if (!call.dx[0]) return;
+  }
+
+  // dx from the sums over all that the norm sees, of which a pixel is `share`.
+  static void spread(const OpCall<T>& call, const T* sums, T share) {
+    const int64_t stride = call.plan.out.stride;
     each_part_of_adjoint(call, call.dx[0], [&](const Lines& lines, int64_t channel, auto vectors, T* dx) {
       constexpr int kVectors = decltype(vectors)::value;
       const Normal<kVectors> normal(call, channel);
@@ -280,42 +347,6 @@ struct BatchNorm {
           q(call.saved_tangent + this->stride, channel, T(0)) {}
     Vector xh_t(Vector x_t, Vector xh, int j) const { return this->r[j] * (x_t - mean_t[j] - xh * q[j]); }
   };
-
-  // Mean and variance part by part, each while it is in the first cache, put together as by Chan, Golub and LeVeque
-  // (1979): as exact as two passes over everything.
-  static void statistics(const OpCall<T>& call) {
-    const OpPlan<T>& plan = call.plan;
-    const int64_t stride = plan.out.stride;
-    T *mean = call.saved, *r = mean + stride, *variance = r + stride;
-    std::fill(call.saved, call.saved + 3 * stride, T(0));
-    each_part(call, [&](const Lines& lines, int64_t channel, auto vectors) {
-      const int64_t before = row_of(plan, lines.first), count = row_of(plan, lines.last) - before;
-      const T share = T(1) / T(count), weight = T(count) / T(before + count);
-      const T* x = call.x[0] + channel;
-      Vector middle[vectors.value] = {}, square[vectors.value] = {};
-      each_pixel(plan, lines, [&](int64_t row) {
-        for (int j = 0; j < vectors.value; ++j) middle[j] += S::load(x + row * stride + j * S::kWidth);
-      });
-      for (int j = 0; j < vectors.value; ++j) middle[j] *= share;
-      each_pixel(plan, lines, [&](int64_t row) {
-        for (int j = 0; j < vectors.value; ++j) {
-          const Vector centred = S::load(x + row * stride + j * S::kWidth) - middle[j];
-          square[j] += centred * centred;
-        }
-      });
-      for (int j = 0; j < vectors.value; ++j) {
-        T *mean_at = mean + channel + j * S::kWidth, *square_at = variance + channel + j * S::kWidth;
-        const Vector apart = middle[j] - S::load(mean_at);
-        S::store(mean_at, S::load(mean_at) + weight * apart);
-        S::store(square_at, S::load(square_at) + square[j] + T(before) * weight * apart * apart);
-      }
-    });
-    for (int64_t c = 0; c < stride; ++c) {
-      variance[c] /= T(plan.in_rows());
-      // Padding has no variance: without an eps, 1 / 0 would come back as NaN.
-      r[c] = c < plan.out.shape.channels ? T(1) / std::sqrt(variance[c] + T(plan.op.eps)) : T(0);
-    }
-  }
 
   // Lines of y, of all images in order, that are worked on while they are in the first cache.
   struct Lines {

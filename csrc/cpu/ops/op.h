@@ -77,6 +77,16 @@ struct OpFunctions {
   void (*tangent_backward)(const OpCall<T>&);
 };
 
+// A batch norm in halves, for samples that come in pieces: between the halves lie sums over all of them.
+template <class T>
+struct NormFunctions {
+  void (*moments)(const OpCall<T>&, T* mean, T* square);
+  void (*settle)(const OpPlan<T>&, int64_t rows, T* saved);
+  void (*normalise)(const OpCall<T>&);
+  const T* (*adjoint_sums)(const OpCall<T>&);
+  void (*spread)(const OpCall<T>&, const T* sums, T share);
+};
+
 template <class T>
 void put(T* target, T value, bool accumulate) {
   *target = accumulate ? *target + value : value;
