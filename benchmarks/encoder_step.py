@@ -12,10 +12,10 @@ import argparse
 
 import torch
 import torch.nn.functional as F
+from meta_step import medians, tasks_of
 from torch import nn
 
 import metaaug_fast as mf
-from benchmarks.meta_step import medians, tasks_of
 from metaaug_fast.cli.options import keep_freed_memory
 from metaaug_fast.learners import LEARNERS
 from metaaug_fast.report.tables import markdown

@@ -158,10 +158,11 @@ PYBIND11_MODULE(_C, m) {
              const cuda::Footprint found = engine.footprint(settings, samples, dtype, device);
              return std::make_pair(found.task, found.block);
            })
-      .def("run", [](FusedEngine& engine, const Settings& settings, const Inputs& inputs,
-                     const std::vector<std::string>& outputs) {
-        return without_gil([&](const auto& poll) { return engine.run(settings, inputs, outputs, poll); });
-      })
+      .def("run",
+           [](FusedEngine& engine, const Settings& settings, const Inputs& inputs,
+              const std::vector<std::string>& outputs) {
+             return without_gil([&](const auto& poll) { return engine.run(settings, inputs, outputs, poll); });
+           })
       .def("encode", [](FusedEngine& engine, const EncoderInputs& inputs, const std::vector<std::string>& outputs) {
         return without_gil([&](const auto& poll) { return engine.encode(inputs, outputs, poll); });
       });

@@ -85,18 +85,18 @@ struct Call {
 template <class T>
 struct Encoding {
   int samples = 0;
-  const T* x = nullptr;              // [N, C, H, W]
+  const T* x = nullptr;  // [N, C, H, W]
   std::vector<const T*> parameters, buffers;
-  std::vector<char> wanted;          // parameters whose gradient is wanted, in this call or in that of the way back
-  bool wants_x = false;              // likewise
-  const T* adjoint = nullptr;        // [N, outputs]: dL/doutput, and so the way back
-  uint64_t number = 0;               // names a way forward whose activations are to be kept for the way back, which
-                                     // computes them again where another call has come between; 0: none
+  std::vector<char> wanted;    // parameters whose gradient is wanted, in this call or in that of the way back
+  bool wants_x = false;        // likewise
+  const T* adjoint = nullptr;  // [N, outputs]: dL/doutput, and so the way back
+  uint64_t number = 0;         // names a way forward whose activations are to be kept for the way back, which
+                               // computes them again where another call has come between; 0: none
 
-  T* output = nullptr;               // [N, outputs]
-  T* statistics = nullptr;           // [2 sum C]: batch mean and unbiased variance of every batch norm, in order of ops
-  T* grad_parameters = nullptr;      // [P]
-  T* grad_x = nullptr;               // as x; added to: pass zeros
+  T* output = nullptr;           // [N, outputs]
+  T* statistics = nullptr;       // [2 sum C]: batch mean and unbiased variance of every batch norm, in order of ops
+  T* grad_parameters = nullptr;  // [P]
+  T* grad_x = nullptr;           // as x; added to: pass zeros
 };
 
 // The first task in which NaN or infinity arose, if any, and at which step (or query pass after so many steps).

@@ -118,7 +118,8 @@ class Encoder {
     arena_.reserve(total);
     for (int i = 0; i < keepers_; ++i) pieces_[i].memory = arena_.take(size_of(*pieces_[i].net, reverse_));
     norm_size_ = 0;
-    for (size_t norm : norms_) norm_size_ = std::max(norm_size_, pad<T>(graph_.values[graph_.ops[norm].output].channels));
+    for (size_t norm : norms_)
+      norm_size_ = std::max(norm_size_, pad<T>(graph_.values[graph_.ops[norm].output].channels));
     parts_.resize(2 * norm_size_ * count);
   }
 
@@ -152,7 +153,9 @@ class Encoder {
   Hand hand(int index, int worker) const {
     const Piece& piece = pieces_[index];
     T* memory = piece.memory ? piece.memory : workers_[worker].memory;
-    return {piece, *piece.net, frame_at(memory, *piece.net),
+    return {piece,
+            *piece.net,
+            frame_at(memory, *piece.net),
             {*piece.net, packing_, constants_.data(), workers_[worker].scratch}};
   }
 

@@ -33,9 +33,9 @@ def convolutions(*more, norm=None):
     ).double()
 
 
-def assert_same(model, samples, x_too=True):
+def assert_same(model, samples, x_too=True, shape=(2, 8, 9)):
     """Output, gradients and buffers are those of a call of the model."""
-    x, mix = randn(samples, 2, 8, 9), randn(samples, 3)
+    x, mix = randn(samples, *shape), randn(samples, 3)
     results = []
     for each, run in ((model, encode), (copy.deepcopy(model), lambda network, x: network(x))):
         leaf = x.clone().requires_grad_(x_too)
@@ -110,6 +110,88 @@ def test_feature_maps_are_left_as_they_are(mode, passes):
     assert_same(getattr(model, mode)(), 37)
     assert len(passes) == 1
     assert encode(model, randn(6, 2, 8, 9)).shape == (6, 5, 3, 3)
+
+
+class TwoPaths(nn.Module):
+    """Norms behind one another, on flat features and on what two paths share; a convolution that is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.again, self.other = nn.Conv2d(2, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in (2, 6, 6, 6))
+        self.flat, self.head = nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.norms[1](self.first(self.norms[0](x))))
+        y = torch.relu(self.norms[2](self.again(x)))
+        x = torch.relu(self.again(y) + self.norms[3](self.other(x)))
+        return self.head(self.flat(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1)))
+
+
+@pytest.mark.parametrize("samples", [2, 31, 90])
+def test_norms_across_paths(samples, passes):
+    model = TwoPaths().double()
+    assert_same(model, samples)
+    assert_same(model, samples, x_too=False)
+    assert len(passes) == 2
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_pictures_that_fill_a_cache(mode, passes):
+    model = mf.models.resnet12(widths=(8, 9, 10, 11), sample_shape=(3, 60, 60)).double()
+    assert_same(getattr(model, mode)(), 9, shape=(3, 60, 60))
+    assert passes == [9]
+
+
+def two_losses(model, shapes):
+    """Of passes of so many samples each, and what there is to learn."""
+    xs = [randn(samples, 2, 8, 9) for samples in shapes]
+    return [encode(model, x).square().sum() for x in xs], [model(x).square().sum() for x in xs]
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("kept", ["", "0"])
+def test_the_way_back_of_an_older_pass(kept, mode, passes, monkeypatch):
+    if kept:
+        monkeypatch.setenv("METAAUG_KEEP_MIB", kept)
+    model = getattr(convolutions(), mode)()
+    found, expected = two_losses(model, (70, 41))
+    assert len(passes) == 2
+    weights = list(model.parameters())
+
+    def gradients(loss):
+        values = torch.autograd.grad(loss, weights, retain_graph=True)
+        return {str(place): value for place, value in enumerate(values)}
+
+    for place in (1, 0, 1, 1, 0):
+        assert_close(gradients(found[place]), gradients(expected[place]))
+    assert all(map(torch.equal, *(gradients(found[1]).values() for _ in range(2))))
+
+
+def test_threads_change_no_bit(passes):
+    model, x, found = convolutions().float(), randn(150, 2, 8, 9).float(), []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            output = encode(model, x)
+            found.append([output, *torch.autograd.grad(output.square().sum(), list(model.parameters()))])
+        finally:
+            torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(map(torch.equal, other, found[0]))
+    exact = encode(copy.deepcopy(model).double(), x.double())
+    assert relative_error(found[0][0].double(), exact) < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_what_has_changed_since_is_an_error(mode, passes):
+    model = getattr(convolutions(), mode)()
+    loss = encode(model, randn(4, 2, 8, 9)).square().sum()
+    with torch.no_grad():
+        model[0].weight.add_(1) if mode == "train" else model[1].running_var.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_autocast_is_heeded(passes):

@@ -5,6 +5,7 @@
 
 #include "cpu/engine.h"
 #include "cuda/executor.h"
+#include "one_task.h"
 
 namespace metaaug {
 
@@ -20,6 +21,10 @@ class Emulated final : public cpu::Engine<T> {
       return std::memset(memory.back().get(), 0xff, bytes);  // NaN, which nobody may use
     };
     return engine_->run(call, {nullptr, allocate}, true);
+  }
+  bool encode(const Encoding<T>& call, const cpu::Parallel& parallel) override {
+    run(as_one_task(call), parallel);
+    return true;
   }
 
  private:

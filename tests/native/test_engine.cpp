@@ -2,6 +2,7 @@
 // the engine's own losses, between precisions, numbers of threads and instruction sets.
 //
 //   test_engine [seed] [graphs]
+#include "one_task.h"
 #include "problems.h"
 
 namespace metaaug {
@@ -66,6 +67,63 @@ void check_everything(const Problem& p) {
   }
 }
 
+bool drops(const Graph& graph) {
+  return std::any_of(graph.ops.begin(), graph.ops.end(), [](const Op& op) { return op.kind == OpKind::kDropout; });
+}
+
+// Samples through the problem's weights and back, by the encoder or, `as_task`, as the only task's query set.
+template <class T>
+Values<T> encode(const Problem& p, const Vector& x, const Vector& mix, cpu::Engine<T>& engine, int workers,
+                 uint64_t number, bool as_task = false) {
+  const std::vector<T> theta(p.inputs.at("parameters").begin(), p.inputs.at("parameters").end());
+  const std::vector<T> buffers(p.buffers.begin(), p.buffers.end()), data(x.begin(), x.end()),
+      adjoint(mix.begin(), mix.end());
+  const int64_t outputs = p.graph.values[p.graph.output].size(), samples = int64_t(mix.size()) / outputs;
+  int64_t channels = 0;
+  for (const Op& op : p.graph.ops)
+    if (op.kind == OpKind::kBatchNorm) channels += p.graph.values[op.output].channels;
+  Values<T> out;
+  const auto asked = [&](const char* name, int64_t size) { return out[name].assign(size, T(0)), out[name].data(); };
+  Encoding<T> call;
+  call.samples = int(samples);
+  call.x = data.data();
+  const T* parameter = theta.data();
+  for (const Parameter& each : p.graph.parameters) {
+    call.parameters.push_back(parameter);
+    parameter += each.size();
+  }
+  for (int at : p.buffer_at) call.buffers.push_back(buffers.data() + at);
+  call.wanted = p.wanted;
+  call.wants_x = true;
+  call.number = number;
+  Encoding<T> back = call;
+  call.output = asked("output", samples * outputs);
+  if (channels) call.statistics = asked("statistics", 2 * channels);
+  back.adjoint = adjoint.data();
+  back.grad_parameters = asked("parameters", theta.size());
+  back.grad_x = asked("x", x.size());
+  for (const Encoding<T>& each : {call, back})
+    if (as_task)
+      CHECK(engine.run(as_one_task(each), on_threads(workers)).task < 0, "not finite");
+    else
+      CHECK(engine.encode(each, on_threads(workers)), "stopped");
+  return out;
+}
+
+void check_encoder(const Problem& p) {
+  if (drops(p.graph)) return;
+  const int samples = integer(2, 150);
+  const Vector x = normals(samples * p.graph.values[0].size());
+  const Vector mix = normals(samples * p.graph.values[p.graph.output].size());
+  const std::unique_ptr<cpu::Engine<double>> engine = cpu::make_engine<double>(p.graph);
+  const Values<double> expected = encode(p, x, mix, *engine, 1, 0, true), found = encode(p, x, mix, *engine, 1, 7);
+  CHECK_CLOSE(found, expected, 1e-9);
+  CHECK(same_bits(encode(p, x, mix, *engine, 3, 8), found), "three threads encode otherwise than one");
+  CHECK(same_bits(encode(p, x, mix, *engine, 2, 0), found), "activations that are not kept come out otherwise");
+  CHECK_CLOSE(encode(p, x, mix, *baseline::make_double(p.graph), 2, 1), expected, 1e-9);
+  CHECK_CLOSE(encode(p, x, mix, *avx512::make_double(p.graph), 2, 1), expected, 1e-9);
+}
+
 // NaN in the last task's query is reported as such, and leaves nothing behind.
 void check_failure(Problem p) {
   if (p.adapt_only) return;
@@ -110,6 +168,7 @@ int main(int count, char** arguments) {
     const Problem p = any_problem(i, i == 0 ? 70 : integer(1, 3));
     check_everything(p);
     check_failure(p);
+    check_encoder(p);
   }
   check_refusals();
   std::printf("%d graphs\n", graphs);

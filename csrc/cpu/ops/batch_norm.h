@@ -48,7 +48,8 @@ struct BatchNorm {
     normalise(call);
   }
 
-  // Mean and sum of squares around it, part by part, each while it is in the first cache: as exact as two passes over everything.
+  // Mean and sum of squares around it, part by part, each while it is in the first cache: as exact as two passes over
+  // everything.
   static void moments(const OpCall<T>& call, T* mean, T* square) {
     const OpPlan<T>& plan = call.plan;
     const int64_t stride = plan.out.stride;
