@@ -71,6 +71,19 @@ class Learner(nn.Module):
     order_matters: bool = False
     names_matter: bool = False
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse a module or a parameter where the class has a plain value, which would hide it."""
+        if isinstance(value, nn.Module | nn.Parameter) and hasattr(type(self), name):
+            plain = getattr(type(self), name)
+            if not hasattr(plain, "__get__"):
+                wanted = (
+                    "True or False"
+                    if isinstance(plain, bool)
+                    else f"no module or parameter, for the class has {plain!r}"
+                )
+                raise TypeError(f"{name} must be {wanted} (got {value!r})")
+        super().__setattr__(name, value)
+
     def adapt(self, support_x: Tensor, support_y: Tensor) -> Adapted:
         """Learn T tasks from `support_x` `[T, S, ...]`, `support_y` `[T, S, ...]`, all at once; or one, without T."""
         raise NotImplementedError(f"{type(self).__name__} must write adapt(support_x, support_y)")

@@ -319,6 +319,8 @@ def test_gradients_reach_the_support_data(backend: str) -> None:
         ),
         ({"inner_lr": [0.1, 0.2]}, r"inner_lr must be a scalar, \[1\] or a mapping"),
         ({"inner_steps": -1}, r"steps must be >= 0 \(got -1\)"),
+        ({"first_order": nn.ReLU()}, r"first_order must be True or False \(got ReLU\(\)\)"),
+        ({"inner_steps": nn.ReLU()}, r"inner_steps must be no module or parameter, for the class has None"),
         ({"adapt": "neck.*"}, "adapt must name parameters of the model"),
         ({"batch_norm": "layer"}, "batch_norm must be one of"),
         (
@@ -330,7 +332,7 @@ def test_gradients_reach_the_support_data(backend: str) -> None:
     ],
 )
 def test_bad_settings(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         MAML(**{"model": model(), **options})
 
 
