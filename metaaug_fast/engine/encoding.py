@@ -29,10 +29,19 @@ def encode(model: nn.Module, x: Tensor) -> Tensor:
     >>> torch.allclose(encode(model, x), model(x), atol=1e-6)
     True
     """
-    problem = InnerProblem(model, dict(model.named_parameters()), {}, 0, "mse", batch_norm="running")
-    executor = _executor(problem, x) if _is_ordinary(problem, x) else None
+    problem = _problem(model)
+    executor = _executor(problem, x)
     output: Tensor = model(x) if executor is None else executor.encode(problem, x)
     return output
+
+
+def is_fused(model: nn.Module, x: Tensor) -> bool:
+    """Whether `encode` takes the fused engine for samples such as `x` `[N, ...]`."""
+    return _executor(_problem(model), x) is not None
+
+
+def _problem(model: nn.Module) -> InnerProblem:
+    return InnerProblem(model, dict(model.named_parameters()), {}, 0, "mse", batch_norm="running")
 
 
 _EXECUTORS: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], FusedExecutor]] = WeakKeyDictionary()
@@ -40,6 +49,8 @@ _EXECUTORS: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], FusedExecutor]
 
 def _executor(problem: InnerProblem, x: Tensor) -> FusedExecutor | None:
     """The engine for a model and its mode, if that is the way to take."""
+    if not _is_ordinary(problem, x):
+        return None
     model, key = problem.model, (tuple(x.shape[1:]), problem.training)
     try:
         graph = lower(model, key[0], fixed_statistics=not problem.training, drop=problem.training)

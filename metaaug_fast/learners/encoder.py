@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..engine.encoding import encode
+from ..engine.encoding import encode, is_fused
 from ..tasks import MetaOutput, TaskBatch
 from .base import Adapted, Learner, Predictor, check_mask, check_steps, one_task_too, scored
 
@@ -99,6 +99,12 @@ class EncoderLearner(Learner):
         """What each task `[T, S, ...]` learns from its support set; one task may lack its T."""
         predict = self._fit(self._embed(support_x, self._mask(given, support_y)), support_y, **given)
         return Predictor(lambda x: predict(self._embed(x)), len(support_x), score=self._score)
+
+    def runs_on(self, sample_shape: tuple[int, ...], ids: bool = False) -> str:
+        """What computes it on samples of a shape: "fused encoder", or "torch"."""
+        like = next(self.model.parameters(), torch.empty(0))
+        example = like.new_empty(2, *sample_shape, dtype=torch.int64 if ids else like.dtype)
+        return "fused encoder" if is_fused(self.model, example) else "torch"
 
     def _mask(self, given: Mapping[str, Any], labels: Tensor) -> Tensor | None:
         """Which support samples there are, of what is given by name; TypeError where `_fit` does not take that."""

@@ -122,6 +122,15 @@ def test_batch_norms_do_not_see_what_a_mask_leaves_out():
         assert torch.allclose(value, learner.model.get_buffer(name), rtol=1e-12), name
 
 
+def test_it_says_what_computes_it():
+    learner = ProtoNet(conv4(ways=None, hidden=4))
+    assert learner.runs_on((1, 28, 28)) == "fused encoder"
+    learner.model[0].append(nn.SiLU())
+    assert learner.runs_on((1, 28, 28)) == "torch"
+    words = ProtoNet(nn.Sequential(nn.EmbeddingBag(9, 4), nn.Linear(4, 3)))
+    assert words.runs_on((5,), ids=True) == "torch"
+
+
 def test_a_permuted_support_set_is_the_same():
     learner, batch = ProtoNet(perceptron(None, (F,), (7,))).double(), tasks()
     order = torch.randperm(batch.support_x.shape[1])
