@@ -1,11 +1,13 @@
 """Data as episodes: labelled samples, function families, and the sampler that turns them into task batches."""
 
+from .completion import Completion
 from .draws import Draws
 from .episodes import Episodes, Loader
 from .fixed import load_tasks, save_tasks
 from .fixed_labels import FixedLabels
 from .pixels import Pixels
 from .readers import (
+    READERS,
     AmbiguousCurves,
     Cifar10,
     Cifar100,
@@ -26,6 +28,9 @@ from .readers import (
 from .samples import ClassSamples
 from .source import EpisodeSpec, TaskSource
 
+SOURCES = {**READERS, "completion": Completion}
+"""The names by which a run knows them."""
+
 ClassImages = ClassSamples
 """Its name while it was thought to hold pictures only."""
 
@@ -36,6 +41,7 @@ __all__ = [
     "ClassImages",
     "ClassSamples",
     "Clinc150",
+    "Completion",
     "Draws",
     "EpisodeSpec",
     "Episodes",

@@ -18,8 +18,7 @@ class Pixels:
 
     x is a pixel's place `[2]`, its row and column, each from -1 (top, left) to 1 (bottom, right); y its intensity
     `[C]`, 0 to 1 in pictures of bytes, as it is in others. `shots` pixels are the context and `queries` others are to
-    be predicted, all drawn anew for each task; `ways` does not matter. On the command line a function of `split` that
-    makes one goes by `module:attribute`.
+    be predicted, all drawn anew for each task; `ways` does not matter. The command line has `Completion`.
 
     Args:
         data: pictures, `ClassSamples` or a data set with labels, which `ClassSamples.from_dataset` reads. Tasks are of

@@ -1,6 +1,6 @@
 """What learners, models and data sets there are, by name: ours, those of installed packages, and the user's own.
 
-Ours stand in `learners.LEARNERS`, `models.MODELS` and `data.readers.READERS`. A package adds its own by entry points of
+Ours stand in `learners.LEARNERS`, `models.MODELS` and `data.SOURCES`. A package adds its own by entry points of
 the groups `metaaug_fast.learners`, `metaaug_fast.models` and `metaaug_fast.data`. Whatever else can be imported goes by
 `module:attribute`, from the folder one works in, too, functions that a field may hold among them; its code runs, so a
 name out of a file needs the user's word.
@@ -23,8 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data import TaskSource
-from ..data.readers import READERS
+from ..data import SOURCES, TaskSource
 from ..errors import in_one_line
 from ..learners import LEARNERS as OUR_LEARNERS
 from ..learners.base import Learner
@@ -105,7 +104,7 @@ class Registry:
 _LABELLED = ("targets", "get_labels", "labels", "features")
 LEARNERS = Registry("learner", OUR_LEARNERS, "metaaug_fast.learners")
 MODELS = Registry("model", OUR_MODELS, "metaaug_fast.models")
-DATA = Registry("data", READERS, "metaaug_fast.data")
+DATA = Registry("data", SOURCES, "metaaug_fast.data")
 
 
 def find_learner(name: str, allow: Collection[str] | None = None) -> type[Learner]:

@@ -14,7 +14,7 @@ import torch
 
 from metaaug_fast.bench.workloads import WORKLOADS
 from metaaug_fast.cli.main import main
-from metaaug_fast.data.readers import READERS
+from metaaug_fast.data import SOURCES
 from metaaug_fast.learners import LEARNERS
 from metaaug_fast.runs import checkpoint
 
@@ -149,10 +149,10 @@ BAD = [
         f"learner must be one of {', '.join(LEARNERS)}, or module:attribute (got 'na",
     ),
     (["train", "protonett", "--data", "glyphs"], "(got 'protonett'; did you mean 'protonet'?)"),
-    (["train", "maml"], f"--data must be one of {', '.join(sorted(READERS))}, or module:attribute (got none)"),
+    (["train", "maml"], f"--data must be one of {', '.join(sorted(SOURCES))}, or module:attribute (got none)"),
     (
         ["train", "maml", "--data", "mnits"],
-        f"data must be one of {', '.join(sorted(READERS))}, or module:attribute (got 'mn",
+        f"data must be one of {', '.join(sorted(SOURCES))}, or module:attribute (got 'mn",
     ),
     (["train", "maml", "--data", "glyph"], "(got 'glyph'; did you mean 'glyphs'?)"),
     (["train", "maml", "--data", "omniglot"], "data.root must be given: omniglot has no default for it (got none)"),

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from metaaug_fast.cli.main import main
-from metaaug_fast.data.readers import READERS
+from metaaug_fast.data import SOURCES
 from metaaug_fast.learners import LEARNERS
 from metaaug_fast.models import MODELS
 from metaaug_fast.runs import checkpoint, configure, recipe, recipes, registry
@@ -121,7 +121,7 @@ def test_what_is_printed_is_the_same_run(tmp_path, call):
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
-@pytest.mark.parametrize("data", READERS)
+@pytest.mark.parametrize("data", SOURCES)
 def test_every_pair_is_printed_and_read(tmp_path, learner, data):
     printed = shown("train", learner, "--data", data, *NEEDED.get(data, []), "--print-config")
     (tmp_path / "run.yaml").write_text(printed)
@@ -220,7 +220,7 @@ def test_a_pair_without_a_recipe_is_said(tmp_path, monkeypatch, own_code):
         ),
         (
             "learner: {name: maml}\n",
-            f"--data must be one of {', '.join(sorted(READERS))}, or module:attribute (got none)",
+            f"--data must be one of {', '.join(sorted(SOURCES))}, or module:attribute (got none)",
         ),
         ("data: {name: sinusoid}\n", f"LEARNER must be one of {', '.join(LEARNERS)}, or module:attribute (got none)"),
         ("learner: {name: maml, inner_steps: x}\ndata: {name: sinusoid}\n", "inner_steps must be an integer (got 'x')"),
@@ -348,7 +348,7 @@ def test_list_has_a_line_for_each(monkeypatch, own_code):
     )
     lines = shown("list").splitlines()
     starts = [line.partition(" ")[0] for line in lines]
-    for name in (*LEARNERS, *MODELS, *READERS, *recipes(), "theirs", "broken", "things"):
+    for name in (*LEARNERS, *MODELS, *SOURCES, *recipes(), "theirs", "broken", "things"):
         assert starts.count(name) == 1
     assert any(line.split() == ["theirs", "Theirs."] for line in lines)
     assert any(line.startswith("broken ") and "cannot be imported (ModuleNotFoundError: " in line for line in lines)

@@ -4,7 +4,7 @@ import json
 import pytest
 import yaml
 
-from metaaug_fast.data.readers import READERS
+from metaaug_fast.data import SOURCES
 from metaaug_fast.learners import LEARNERS
 from metaaug_fast.models import MODELS
 from metaaug_fast.runs import configure, recipe, recipes
@@ -16,7 +16,7 @@ ROOTED = (
     "omniglot",
 )  # fmt: skip
 ROOT = {name: {"root": "here"} for name in ROOTED}
-REGRESSION = tuple(name for name, reader in READERS.items() if getattr(reader, "target_shape", None) is not None)
+REGRESSION = tuple(name for name, reader in SOURCES.items() if getattr(reader, "target_shape", None) is not None)
 MODEL = {**dict.fromkeys(REGRESSION, "mlp"), "clinc150": "deep_averaging", "csv": "deep_averaging"}
 """That suits the data; the other data are pictures."""
 
@@ -27,7 +27,7 @@ def content(learner="maml", data="sinusoid", **sections):
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
-@pytest.mark.parametrize("data", READERS)
+@pytest.mark.parametrize("data", SOURCES)
 def test_every_pair_survives_a_file(learner, data):
     config = configure(content(learner, data))
     assert configure(config.as_dict()) == config

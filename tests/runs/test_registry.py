@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from metaaug_fast import MAML, Learner, learners
-from metaaug_fast.data import Glyphs, Sinusoids
-from metaaug_fast.data.readers import READERS
+from metaaug_fast.data import SOURCES, Glyphs, Sinusoids
 from metaaug_fast.models import MODELS as NETWORKS
 from metaaug_fast.runs import registry
 from metaaug_fast.runs.registry import DATA, LEARNERS, MODELS, Registry, find_data, find_learner, find_model, nearest
@@ -54,7 +53,7 @@ def points(monkeypatch):
 def test_ours_go_by_their_names():
     assert all(find_learner(name) is found for name, found in learners.LEARNERS.items())
     assert all(find_model(name) is found for name, found in NETWORKS.items())
-    assert all(find_data(name) is found for name, found in READERS.items())
+    assert all(find_data(name) is found for name, found in SOURCES.items())
     assert set(LEARNERS.names()) >= set(learners.LEARNERS)
 
 

@@ -33,7 +33,7 @@ READERS = {
     "omniglot": Omniglot,
     "sinusoid": Sinusoids,
 }
-"""The names by which a run knows them."""
+"""Their names in a run."""
 
 __all__ = [
     "AmbiguousCurves",
