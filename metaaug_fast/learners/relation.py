@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_count
+from ..engine.encoding import encode
 from ..tasks import MetaOutput
 from .base import class_members
 from .encoder import EncoderLearner, Predict
@@ -99,11 +100,7 @@ class _OfMaps(nn.Module):
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
         self.first = nn.Conv2d(2 * channels, channels, 3, padding=1)
-        self.norm1 = nn.BatchNorm2d(channels)
-        self.second = nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm2 = nn.BatchNorm2d(channels)
-        self.third = nn.Linear(channels, hidden)
-        self.last = nn.Linear(hidden, 1)
+        self.rest = _BehindTheFirst(channels, hidden)
 
     def forward(self, classes: Tensor, queries: Tensor) -> Tensor:
         """`[T, ways, C, H, W]` and `[T, Q, C, H, W]` to `[T, Q, ways]`."""
@@ -111,9 +108,24 @@ class _OfMaps(nn.Module):
         one = F.conv2d(classes.flatten(0, 1), of_class, padding=1).unflatten(0, classes.shape[:2])
         other = F.conv2d(queries.flatten(0, 1), of_query, self.first.bias, padding=1).unflatten(0, queries.shape[:2])
         pairs = one.unsqueeze(1) + other.unsqueeze(2)
-        h = _halved(self.norm1(pairs.flatten(0, 2)).relu())
+        return encode(self.rest, pairs.flatten(0, 2)).view(pairs.shape[:3])
+
+
+class _BehindTheFirst(nn.Module):
+    """What follows the first convolution of pairs of maps, `[N, C, H, W]` to `[N, 1]`."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.third = nn.Linear(channels, hidden)
+        self.last = nn.Linear(hidden, 1)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        h = _halved(self.norm1(maps).relu())
         h = _halved(self.norm2(self.second(h)).relu()).mean((2, 3))
-        return self.last(self.third(h).relu()).view(pairs.shape[:3])
+        return self.last(self.third(h).relu())
 
 
 def _halved(maps: Tensor) -> Tensor:

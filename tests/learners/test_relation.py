@@ -24,9 +24,10 @@ def compared(learner, class_embedding, query):
     pair, relation = torch.cat([class_embedding, query])[None], learner.relation
     if not learner.maps:
         return relation.last(relation.second(relation.first(pair).relu()).relu()).squeeze()
-    h = F.max_pool2d(relation.norm1(relation.first(pair)).relu(), 2)
-    h = F.max_pool2d(relation.norm2(relation.second(h)).relu(), 2)
-    return relation.last(relation.third(h.mean((2, 3))).relu()).squeeze()
+    rest = relation.rest
+    h = F.max_pool2d(rest.norm1(relation.first(pair)).relu(), 2)
+    h = F.max_pool2d(rest.norm2(rest.second(h)).relu(), 2)
+    return rest.last(rest.third(h.mean((2, 3))).relu()).squeeze()
 
 
 def unbatched(learner):
@@ -75,7 +76,7 @@ def test_batch_norms_of_the_comparison_see_all_pairs_in_training():
         learner.relation.train()
         learner.training = True
         learner(batch)
-    assert torch.allclose(learner.relation.norm1.running_mean, 0.1 * before.mean((0, 2, 3)), rtol=1e-9)
+    assert torch.allclose(learner.relation.rest.norm1.running_mean, 0.1 * before.mean((0, 2, 3)), rtol=1e-9)
     assert not learner.transductive
 
 
