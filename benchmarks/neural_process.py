@@ -214,7 +214,7 @@ def draw(learners: dict[str, Trained], x: Tensor, y: Tensor, path: Path, rows: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, metavar="DIR")
-    parser.add_argument("--curve-steps", type=int, default=8000, help="meta-steps on curves (8,000)")
+    parser.add_argument("--curve-steps", type=int, default=80_000, help="meta-steps on curves (80,000)")
     parser.add_argument("--picture-steps", type=int, default=2500, help="meta-steps on pictures (2,500)")
     parser.add_argument("--only", choices=("curves", "pictures"), help="(both)")
     parser.add_argument("--seed", type=int, default=0)
