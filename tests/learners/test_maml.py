@@ -167,7 +167,7 @@ def test_it_learns_with_a_torch_optimizer_and_scheduler(backend: str) -> None:
         loss.backward()
         optimizer.step()
         scheduler.step()
-    assert loss.item() < 0.6 * first
+    assert loss.item() < 0.85 * first
 
 
 def test_the_problem_is_built_once_and_again_after_a_change() -> None:

@@ -22,7 +22,7 @@ def sentences(*shape, length=6):
 
 
 def small(ways=3, **options):
-    return deep_averaging(ways, (6,), VOCABULARY, features=5, hidden=(4,), **options).double()
+    return deep_averaging(ways, (6,), VOCABULARY, features=5, hidden=(12,), **options).double()
 
 
 def tasks():
