@@ -1,5 +1,7 @@
 """What every test has: fresh random numbers, one thread, and the real data where there are any."""
 
+import functools
+import hashlib
 import importlib.util
 import os
 import random
@@ -10,16 +12,42 @@ from pathlib import Path
 import pytest
 import torch
 
+ROOT = Path(__file__).parents[1]
 
-def pytest_configure() -> None:
-    """Processes that share a run draw the same sample, and hear Ctrl-C, which a shell's background jobs ignore."""
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Processes that share a run draw the same numbers, and hear Ctrl-C, which a shell's background jobs ignore."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.environ.setdefault("METAAUG_EMULATION_TESTS", str(random.SystemRandom().randrange(10**6)))
+    os.environ.setdefault("METAAUG_TEST_SEED", digest(*sources())[:8])
+    os.environ.setdefault("METAAUG_EMULATION_TESTS", os.environ["METAAUG_TEST_SEED"])
+    if getattr(config.option, "hypothesis_seed", "") is None:
+        config.option.hypothesis_seed = str(number(os.environ["METAAUG_TEST_SEED"]))
 
 
-def pytest_report_header() -> str:
-    drawn = os.environ["METAAUG_EMULATION_TESTS"]
-    return f"emulation: a sample of its tests, METAAUG_EMULATION_TESTS={drawn} (all: every one)"
+def pytest_report_header() -> list[str]:
+    seed, drawn = os.environ["METAAUG_TEST_SEED"], os.environ["METAAUG_EMULATION_TESTS"]
+    return [
+        f"random numbers: METAAUG_TEST_SEED={seed} (by default the sources', so a commit has the same everywhere)",
+        f"emulation: a sample of its tests, METAAUG_EMULATION_TESTS={drawn} (all: every one)",
+    ]
+
+
+def sources() -> list[Path]:
+    """What is tested."""
+    files = [*(ROOT / "csrc").rglob("*"), *(ROOT / "metaaug_fast").rglob("*")]
+    return sorted(file for file in files if file.suffix in (".py", ".cpp", ".cu", ".h"))
+
+
+@functools.cache
+def digest(*files: Path) -> str:
+    """Of their contents."""
+    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
+
+
+def number(text: str) -> int:
+    """A seed that only this text has."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
 @pytest.hookimpl(trylast=True)
@@ -39,9 +67,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def fresh_numbers():
-    """Other random numbers in every run, whose seed a failing test prints; one thread, for tensors are tiny."""
-    print("torch.manual_seed", torch.seed())
+def fresh_numbers(request: pytest.FixtureRequest):
+    """Other random numbers for every state of the sources and of the test's file; one thread, for tensors are tiny.
+
+    So whoever tests a commit tests it with the same ones. A failing test prints its seed.
+    """
+    seed = number(f"{os.environ['METAAUG_TEST_SEED']} {digest(request.path)} {request.node.nodeid}")
+    print("torch.manual_seed", seed)
+    torch.manual_seed(seed)
+    random.seed(seed)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

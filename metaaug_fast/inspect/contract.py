@@ -291,7 +291,7 @@ def _refuses(trial: _Trial) -> None:
         "forward(tasks, steps=-1)": lambda: learner(tasks, steps=-1),
     }
     if trial.classes:
-        trials["adapt with a negative class id"] = lambda: learner.adapt(tasks.support_x, tasks.support_y - 1)
+        trials["adapt with a negative class id"] = lambda: learner.adapt(tasks.support_x, -1 - tasks.support_y)
     for name, call in trials.items():
         try:
             call()

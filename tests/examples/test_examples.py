@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
@@ -92,7 +93,9 @@ def test_augmenting_a_folder_of_ones_own(tmp_path, judged):
         for label in ("cat", "dog"):
             (tmp_path / name / label).mkdir(parents=True)
             for number in range(2):
-                pixels = np.random.default_rng().integers(0, 256, (30, 20, 3), dtype=np.uint8)
+                pixels = np.random.default_rng(int(torch.randint(2**32, ()))).integers(
+                    0, 256, (30, 20, 3), dtype=np.uint8
+                )
                 Image.fromarray(pixels).save(tmp_path / name / label / f"{number}.png")
     path = next(path for path in EXAMPLES if path.stem == "augment_your_own_folder")
     program = [sys.executable, str(path), "few", *(["others"] * judged), "--quick"]

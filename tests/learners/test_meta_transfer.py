@@ -361,7 +361,7 @@ def test_what_is_not_finite_is_refused():
 
 def test_meta_training_is_fused_whatever_mode_its_parts_are_in():
     """As the network of plain layers, whose adapted weights have the user's own names."""
-    model = strided_conv4(3, (1, 8, 8), hidden=4)
+    model = strided_conv4(3, (1, 8, 8), hidden=12)
     learner = mf.MetaTransfer(model, inner_steps=2, backend="fused")
     batch = class_tasks(1, 8, 8).to(torch.float32)
     learner.eval()(batch)

@@ -11,6 +11,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from metaaug_fast.data import Glyphs, Omniglot
@@ -20,7 +21,9 @@ from metaaug_fast.data.readers import omniglot
 
 def png(side=28, height=None):
     file = io.BytesIO()
-    Image.fromarray(np.random.default_rng().random((height or side, side)) < 0.5).convert("1").save(file, "PNG")
+    Image.fromarray(np.random.default_rng(int(torch.randint(2**32, ()))).random((height or side, side)) < 0.5).convert(
+        "1"
+    ).save(file, "PNG")
     return file.getvalue()
 
 
