@@ -40,7 +40,7 @@ class Encoder {
     if (!known) {
       theta_ = packing_.packed(call.parameters);
       constants_ = pack_constants(graph_, call.buffers);
-      lay_out(call, back, parallel.workers);
+      lay_out(call, back);
     }
     prepare_workers(back, parallel.workers);
     if (!known && (!back || !norms_.empty()) && !forward(call, parallel)) return false;
@@ -97,26 +97,26 @@ class Encoder {
 
   // Pieces that differ by a sample at most. They keep their activations where norms need all of them at once, or, as
   // far as the budget goes, for the way back.
-  void lay_out(const Encoding<T>& call, bool back, int workers) {
+  void lay_out(const Encoding<T>& call, bool back) {
     if (networks_.size() > kPlannedSizes) networks_.clear();
     pieces_.assign(std::max(1, call.samples / piece_size_), Piece());
     const int count = int(pieces_.size());
-    reverse_ = back || call.number;
+    const bool reverse = back || call.number;
     largest_ = scratch_size_ = 0;
     for (int i = 0; i < count; ++i) {
       const int first = int(int64_t{i} * call.samples / count), last = int((int64_t{i} + 1) * call.samples / count);
       pieces_[i].first = first;
       pieces_[i].net = &network(last - first, call);
-      largest_ = std::max(largest_, size_of(*pieces_[i].net, reverse_));
+      largest_ = std::max(largest_, size_of(*pieces_[i].net, reverse));
       scratch_size_ = std::max(scratch_size_, pieces_[i].net->scratch_size);
     }
     int64_t keepers = call.number && !back ? kept_bytes_ / (largest_ * int64_t(sizeof(T))) : 0;
     if (!norms_.empty()) keepers = count;
     keepers_ = int(std::min<int64_t>(keepers, count));
     int64_t total = 0;
-    for (int i = 0; i < keepers_; ++i) total += size_of(*pieces_[i].net, reverse_);
+    for (int i = 0; i < keepers_; ++i) total += size_of(*pieces_[i].net, reverse);
     arena_.reserve(total);
-    for (int i = 0; i < keepers_; ++i) pieces_[i].memory = arena_.take(size_of(*pieces_[i].net, reverse_));
+    for (int i = 0; i < keepers_; ++i) pieces_[i].memory = arena_.take(size_of(*pieces_[i].net, reverse));
     norm_size_ = 0;
     for (size_t norm : norms_)
       norm_size_ = std::max(norm_size_, pad<T>(graph_.values[graph_.ops[norm].output].channels));
@@ -140,6 +140,7 @@ class Encoder {
   Range ops_of(size_t stage) const {
     return {stage > 0 ? norms_[stage - 1] + 1 : 0, stage < norms_.size() ? norms_[stage] : graph_.ops.size()};
   }
+  int64_t outputs() const { return graph_.values[graph_.output].size(); }
   const Op& norm(size_t stage) const { return graph_.ops[norms_[stage]]; }
   T* part(int piece) { return parts_.data() + 2 * norm_size_ * piece; }
 
@@ -180,10 +181,7 @@ class Encoder {
       const OpCall<T> call_of_norm = h.passes.forward_call(norms_[s], h.frame, theta);
       norm_functions<T>(norm(s)).moments(call_of_norm, part(index), part(index) + call_of_norm.plan.out.stride);
     } else if (call.output) {
-      const int64_t outputs = graph_.values[graph_.output].size(), stride = h.net.loss.stride;
-      const T* z = h.net.value(h.frame, graph_.output);
-      T* to = call.output + h.piece.first * outputs;
-      for (int n = 0; n < h.net.images; ++n) to = std::copy(z + n * stride, z + n * stride + outputs, to);
+      unload_output(h.net, h.net.value(h.frame, graph_.output), call.output + h.piece.first * outputs());
     }
   }
 
@@ -207,18 +205,12 @@ class Encoder {
   }
 
   void write_statistics(const Encoding<T>& call) {
-    const Piece& piece = pieces_[0];
-    T* to = call.statistics;
-    for (size_t i = 0; i < piece.net->ops.size(); ++i) {
-      const OpPlan<T>& op = piece.net->ops[i];
-      if (op.op.kind != OpKind::kBatchNorm) continue;
-      const int64_t rows = int64_t{call.samples} * op.in[0].shape.pixels();
-      const T* saved = op.op.buffer[0] < 0 ? piece.net->saved(frame_at(piece.memory, *piece.net), i)
-                                           : constants_.data() + piece.net->constants_at[i];
-      const T unbiased = T(rows) / T(std::max<int64_t>(rows - 1, 1));
-      for (int c = 0; c < op.out.shape.channels; ++c) *to++ = saved[c];
-      for (int c = 0; c < op.out.shape.channels; ++c) *to++ = saved[2 * op.out.stride + c] * unbiased;
-    }
+    const Network<T>& net = *pieces_[0].net;
+    const auto saved = [&](size_t i) -> const T* {
+      if (graph_.ops[i].buffer[0] >= 0) return constants_.data() + net.constants_at[i];
+      return net.saved(frame_at(pieces_[0].memory, net), i);
+    };
+    unload_statistics(net, call.samples, saved, call.statistics);
   }
 
   bool backward(const Encoding<T>& call, const Parallel& parallel, bool known) {
@@ -248,7 +240,7 @@ class Encoder {
   void retreat(const Encoding<T>& call, size_t s, int index, const Hand& h, T* gradient) {
     const T* theta = theta_.data();
     if (s == norms_.size()) {
-      load_adjoint(call, h);
+      load_output_adjoint(h.net, call.adjoint + h.piece.first * outputs(), h.net.adjoint(h.frame, graph_.output));
     } else {
       const OpPlan<T>& plan = h.net.ops[norms_[s]];
       h.passes.spread(norms_[s], h.frame, theta, gradient, sums_.data(),
@@ -263,15 +255,6 @@ class Encoder {
     if (s == 0 && call.grad_x)
       add_input_adjoint(h.net, h.net.adjoint(h.frame, 0), nullptr,
                         call.grad_x + h.piece.first * graph_.values[0].size());
-  }
-
-  void load_adjoint(const Encoding<T>& call, const Hand& h) const {
-    const int64_t outputs = graph_.values[graph_.output].size(), stride = h.net.loss.stride;
-    T* to = h.net.adjoint(h.frame, graph_.output);
-    for (int n = 0; n < h.net.images; ++n, to += stride) {
-      const T* from = call.adjoint + (h.piece.first + n) * outputs;
-      std::fill(std::copy(from, from + outputs, to), to + stride, T(0));
-    }
   }
 
   // Of dz and dz xh over all pieces; they are the gradients of the norm's own weights, too.
@@ -308,7 +291,6 @@ class Encoder {
   std::vector<Piece> pieces_;
   std::vector<Worker> workers_;
   Arena<T> arena_;
-  bool reverse_ = false;
   int keepers_ = 0;
   int64_t largest_ = 0, scratch_size_ = 0, norm_size_ = 0;
   uint64_t kept_ = 0;  // the pass whose activations lie in the arena

@@ -1,4 +1,5 @@
-// The input's way in and its adjoint's way out: torch's [N, C, H, W] outside, channels last inside, or patches.
+// The input's way in and its adjoint's way out: torch's [N, C, H, W] outside, channels last inside, or patches. The
+// output's way out and its adjoint's way in, and what batch norms have seen.
 #pragma once
 
 #include "network.h"
@@ -51,6 +52,34 @@ void add_input_adjoint(const Network<T>& net, const T* from, const int64_t* rows
     T* to = target + (rows ? rows[n] : n) * shape.size();
     for (int i = 0; i < shape.pixels(); ++i, from += net.values[0].stride)
       for (int c = 0; c < shape.channels; ++c) to[int64_t{c} * shape.pixels() + i] += from[c];
+  }
+}
+
+// All samples' outputs, without padding.
+template <class T>
+void unload_output(const Network<T>& net, const T* z, T* to) {
+  const int64_t outputs = net.graph->values[net.graph->output].size();
+  for (int n = 0; n < net.images; ++n, z += net.loss.stride) to = std::copy(z, z + outputs, to);
+}
+
+template <class T>
+void load_output_adjoint(const Network<T>& net, const T* from, T* dz) {
+  const int64_t outputs = net.graph->values[net.graph->output].size();
+  for (int n = 0; n < net.images; ++n, from += outputs, dz += net.loss.stride)
+    std::fill(std::copy(from, from + outputs, dz), dz + net.loss.stride, T(0));
+}
+
+// Mean and unbiased variance of every batch norm over so many samples, in order of ops, from what saved(op) points to.
+template <class T, class Saved>
+void unload_statistics(const Network<T>& net, int64_t samples, const Saved& saved, T* to) {
+  for (size_t i = 0; i < net.ops.size(); ++i) {
+    const OpPlan<T>& op = net.ops[i];
+    if (op.op.kind != OpKind::kBatchNorm) continue;
+    const int64_t rows = samples * op.in[0].shape.pixels(), channels = op.out.shape.channels;
+    const T *mean = saved(i), *variance = mean + 2 * op.out.stride;
+    const T unbiased = T(rows) / T(std::max<int64_t>(rows - 1, 1));
+    to = std::copy(mean, mean + channels, to);
+    for (int64_t c = 0; c < channels; ++c) *to++ = variance[c] * unbiased;
   }
 }
 

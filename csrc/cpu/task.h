@@ -312,15 +312,10 @@ struct Executor<T>::Worker {
     const T* z = net.value(query, out);
     T* dz = grad ? net.adjoint(query, out) : nullptr;
     const int64_t outputs = graph().values[out].size(), first = int64_t{task} * net.images;
-    if (is_last && call.predictions)
-      for (int n = 0; n < net.images; ++n)
-        std::copy(z + n * net.loss.stride, z + n * net.loss.stride + outputs, call.predictions + (first + n) * outputs);
+    if (is_last && call.predictions) unload_output(net, z, call.predictions + first * outputs);
     if (is_last && call.statistics) write_statistics(net, call.statistics);
     if (call.prediction_adjoint) {
-      for (int n = 0; n < net.images; ++n, dz += net.loss.stride) {
-        const T* from = call.prediction_adjoint + (first + n) * outputs;
-        std::fill(std::copy(from, from + outputs, dz), dz + net.loss.stride, T(0));
-      }
+      load_output_adjoint(net, call.prediction_adjoint + first * outputs, dz);
     } else if (call.query.ids || call.query.values) {
       const T scale = weight * (call.task_weights ? call.task_weights[task] : T(1) / T(call.tasks));
       T* dy = call.grad_query_y ? call.grad_query_y + first * outputs : nullptr;
@@ -346,15 +341,7 @@ struct Executor<T>::Worker {
     int64_t channels = 0;
     for (const OpPlan<T>& op : net.ops)
       if (op.op.kind == OpKind::kBatchNorm) channels += op.out.shape.channels;
-    T* to = out + 2 * task * channels;
-    for (size_t i = 0; i < net.ops.size(); ++i) {
-      const OpPlan<T>& op = net.ops[i];
-      if (op.op.kind != OpKind::kBatchNorm) continue;
-      const T* saved = net.saved(query, i);
-      const T unbiased = T(op.in_rows()) / T(std::max<int64_t>(op.in_rows() - 1, 1));
-      for (int c = 0; c < op.out.shape.channels; ++c) *to++ = saved[c];
-      for (int c = 0; c < op.out.shape.channels; ++c) *to++ = saved[2 * op.out.stride + c] * unbiased;
-    }
+    unload_statistics(net, net.images, [&](size_t i) { return net.saved(query, i); }, out + 2 * task * channels);
   }
 
   // From dL/dtheta_{k+1} to dL/dtheta_k, both in `adjoint`. The Hessian-vector product is taken along -u, so that

@@ -159,15 +159,15 @@ def test_it_learns_with_a_torch_optimizer_and_scheduler(backend: str) -> None:
     maml = MAML(model().float(), 0.1, 2, learn_inner_lr=True, backend=backend)
     batch = tasks().to(torch.float32)
     optimizer = torch.optim.Adam(maml.parameters(), 0.02)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 150)
     first = maml(batch).loss.item()
-    for _ in range(60):
+    for _ in range(150):
         optimizer.zero_grad()
         loss = maml(batch).loss
         loss.backward()
         optimizer.step()
         scheduler.step()
-    assert loss.item() < 0.85 * first
+    assert loss.item() < 0.6 * first
 
 
 def test_the_problem_is_built_once_and_again_after_a_change() -> None:

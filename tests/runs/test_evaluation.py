@@ -142,7 +142,11 @@ ATTACK = PGD(0.6, 5, random_start=False)
 
 @pytest.mark.parametrize(
     "learner",
-    [lambda: MAML(mlp([6, 16, 5]), 0.5, 3), lambda: ProtoNet(mlp([6, 16, 8])), lambda: R2D2(mlp([6, 16, 8]))],
+    [
+        lambda: MAML(mlp([6, 16, 5]), 0.5, 3),
+        lambda: ProtoNet(mlp([6, 16, 8])),
+        lambda: R2D2(mlp([6, 16, 8]), ridge=0.1),
+    ],
     ids=["maml", "protonet", "r2d2"],
 )
 def test_queries_are_attacked_against_the_adapted_learner(learner):
@@ -154,6 +158,7 @@ def test_queries_are_attacked_against_the_adapted_learner(learner):
     assert (found.mean, found.interval) == (expected.mean, expected.interval)
     assert found.loss == pytest.approx(expected.loss, rel=1e-6)
     assert found.loss > clean.loss
+    assert found.mean < clean.mean
     assert found.attack is ATTACK
     assert evaluate(learner, episodes, 17, attack=PGD(0.0)).mean == clean.mean
 
